@@ -1,0 +1,155 @@
+"""What every output of a stage carries: its stage, settings, versions, git commit and the hashes of its inputs.
+
+Outputs are written whole under a temporary name and then renamed, so that a killed or doubled job
+leaves either the old output or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lenspipe.errors import InputError, LenspipeError
+
+KEY = "lenspipe"
+PACKAGES = ("lenspipe", "torch", "pyro-ppl", "numpy", "astropy", "zarr", "arviz", "snakemake")
+
+
+def provenance(
+    stage: str, settings: Mapping[str, Any], inputs: Iterable[Path] = (), seed: int | None = None, **facts: Any
+) -> dict[str, Any]:
+    """The record that goes into an artefact.
+
+    `settings` maps section names to sections (pydantic models or plain values), `inputs` are the files and folders
+    read, `facts` anything the stage measured and wants shown.
+    """
+    return {
+        "stage": stage,
+        "seed": seed,
+        "settings": {
+            name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            for name, value in settings.items()
+        },
+        "inputs": {str(path): content_hash(Path(path)) for path in inputs},
+        "versions": versions(),
+        "commit": git_commit(),
+        "facts": facts,
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the checkout the package is run from, with `+changes` where the tree is dirty; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if dirty.strip() else "")
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's file names and bytes. Raises InputError where it is missing."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; rename it to `target` when the block ends without an error.
+
+    The block may write a file or make a folder at the path. An existing target is replaced.
+    Raises LenspipeError where the folder cannot be written to.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if target.is_dir():
+            retired = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.retired")
+            target.rename(retired)
+            temporary.rename(target)
+            shutil.rmtree(retired)
+        else:
+            temporary.replace(target)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise LenspipeError(
+            f"{error.filename or target}: cannot write here ({error.strerror}); "
+            "give another folder, or the right to write in this one"
+        ) from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `provenance.json` into a folder of plain files."""
+    write_json(Path(folder) / "provenance.json", record)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as a file of its own."""
+    path.write_text(json.dumps({KEY: record}, indent=2) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of an artefact: a Zarr folder, a safetensors, FITS or HTML file, or anything beside a provenance.json.
+
+    Raises InputError where there is none.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    found: Any = None
+    if (path / "zarr.json").is_file():
+        found = json.loads((path / "zarr.json").read_text()).get("attributes", {}).get(KEY)
+    elif path.suffix == ".safetensors":
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        found = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
+    elif path.suffix == ".html":
+        match = re.search(r'<script type="application/json" id="lenspipe">(.*?)</script>', path.read_text(), re.DOTALL)
+        found = json.loads(match.group(1)) if match else None
+    if found is None:
+        for folder in (path, path.parent, path.parent.parent):
+            if (folder / "provenance.json").is_file():
+                found = json.loads((folder / "provenance.json").read_text())[KEY]
+                break
+    if found is None:
+        raise InputError(f"{path}: carries no record of lenspipe, nor does its folder")
+    return found

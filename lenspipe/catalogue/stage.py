@@ -1,0 +1,120 @@
+"""Stage `catalogue`: check every lens and bring mocks and observed lenses into one format.
+
+`lenses.csv` has one row a lens, unusable ones with their reason; `catalogue.zarr` has the images of the usable ones,
+one group for each shape of image and PSF, so that a group is a batch that can be fitted together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+import zarr
+from rich.progress import track
+
+from lenspipe import artefact
+from lenspipe.catalogue.batch import LensBatch
+from lenspipe.catalogue.observed import LensImage, read_lens
+from lenspipe.catalogue.tables import Entry, read_entries
+from lenspipe.config import Catalogue, expand_path
+from lenspipe.errors import InputError
+
+BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
+
+
+def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
+    """Write `out` (catalogue.zarr) and `lenses.csv` beside it.
+
+    mocks: folder of the stage `mocks`, where they are taken in. Raises InputError for a broken table; a broken lens
+    is a row with `status` failed.
+    """
+    entries = read_entries(settings, mocks)
+    rows = []
+    with artefact.written_whole(out) as folder:
+        store = _Store(folder)
+        for entry in track(entries, description="catalogue"):
+            row = {"name": entry.name, "origin": entry.origin, "pixel_scale": entry.pixel_scale}
+            try:
+                lens = read_lens(entry.image, entry.noise, entry.psf, entry.mask, entry.flux_unit)
+            except InputError as error:
+                row |= {"status": "failed", "reason": str(error), "bucket": "", "snr": np.nan}
+            else:
+                bucket = store.add(entry, lens)
+                row |= {"status": "usable", "reason": "", "bucket": bucket, "snr": lens.signal_to_noise}
+            rows.append(row | {f"true_{name}": value for name, value in entry.truth.items()})
+        store.flush()
+        inputs = [*([mocks] if mocks else []), *(expand_path(table) for table in settings.tables)]
+        record = artefact.provenance("catalogue", {"catalogue": settings}, inputs, lenses=len(entries))
+        zarr.open_group(folder, mode="a").attrs[artefact.KEY] = record
+        with artefact.written_whole(out.with_name("lenses.csv")) as table:
+            pd.DataFrame(rows).to_csv(table, index=False)
+
+
+def read_catalogue(out: Path) -> pd.DataFrame:
+    """The rows of `lenses.csv` beside the catalogue at `out`; empty cells of text are empty strings."""
+    path = out.with_name("lenses.csv")
+    if not path.is_file():
+        raise InputError(f"{path}: no lens catalogue here; run the stage catalogue first")
+    table = pd.read_csv(path, dtype={"name": str, "origin": str, "status": str, "reason": str, "bucket": str})
+    return table.fillna({"origin": "", "reason": "", "bucket": ""})
+
+
+def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> LensBatch:
+    """The lenses of one bucket by name, in the order asked for."""
+    group = xr.open_zarr(out, group=bucket, consolidated=False)
+    position = {name: row for row, name in enumerate(group["name"].to_numpy().tolist())}
+    lenses = group.isel(lens=[position[name] for name in names])
+    parts = ("image", "noise", "usable", "psf", "pixel_scale", "flux_unit")
+    tensors = {name: torch.from_numpy(lenses[name].to_numpy()) for name in parts}
+    return LensBatch(tuple(names), **tensors).to(dtype)
+
+
+class _Store:
+    """Writes lenses to their bucket's group, a block at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.waiting: dict[str, list[tuple[Entry, LensImage]]] = defaultdict(list)
+        self.written: set[str] = set()
+
+    def add(self, entry: Entry, lens: LensImage) -> str:
+        (ny, nx), (ky, kx) = lens.image.shape, lens.psf.shape
+        bucket = f"image{ny}x{nx}_psf{ky}x{kx}"
+        self.waiting[bucket].append((entry, lens))
+        if len(self.waiting[bucket]) == BLOCK:
+            self._write(bucket)
+        return bucket
+
+    def flush(self) -> None:
+        for bucket, lenses in self.waiting.items():
+            if lenses:
+                self._write(bucket)
+
+    def _write(self, bucket: str) -> None:
+        entries, lenses = zip(*self.waiting[bucket], strict=True)
+
+        def stack(name: str, dtype: str) -> np.ndarray:
+            return np.stack([getattr(lens, name) for lens in lenses]).astype(dtype)
+
+        block = xr.Dataset(
+            {
+                "image": (("lens", "y", "x"), stack("image", "float32")),
+                "noise": (("lens", "y", "x"), stack("noise", "float32")),
+                "usable": (("lens", "y", "x"), stack("usable", "bool")),
+                "psf": (("lens", "psf_y", "psf_x"), stack("psf", "float32")),
+                "flux_unit": ("lens", stack("flux_unit", "float64")),
+                "pixel_scale": ("lens", np.array([entry.pixel_scale for entry in entries])),
+                "name": ("lens", np.array([entry.name for entry in entries], dtype=object)),
+            }
+        )
+        if bucket in self.written:
+            block.to_zarr(self.folder, group=bucket, append_dim="lens", zarr_format=3, consolidated=False)
+        else:
+            chunks = {name: {"chunks": (BLOCK, *v.shape[1:])} for name, v in block.items()}
+            block.to_zarr(self.folder, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
+            self.written.add(bucket)
+        self.waiting[bucket].clear()

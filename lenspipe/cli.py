@@ -1,0 +1,166 @@
+"""The command `lenspipe`: one sub-command a stage, of the same name as its rule, its config section and its results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lenspipe import artefact
+from lenspipe.config import json_schema, load_config
+from lenspipe.errors import LenspipeError
+from lenspipe.results import Results
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Settings = Annotated[str, typer.Option("--config", "-c", help="config file, or settings as inline JSON")]
+Folder = Annotated[Path, typer.Option("--results", "-r", help="folder of the results")]
+DEFAULT_CONFIG = "config.yaml"
+DEFAULT_RESULTS = Path("results")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Print an error that the user can mend as one message, and exit with status 1."""
+    try:
+        yield
+    except LenspipeError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def survey(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Write the embedded synthetic galaxy survey, in the RealGalaxyCatalog layout."""
+    from lenspipe.survey import write_survey
+
+    with plain_errors():
+        settings = load_config(config)
+        write_survey(settings.survey, Results(results).survey, settings.seed)
+
+
+@app.command()
+def galaxies(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Read the galaxies, apply the cuts, split them."""
+    from lenspipe.galaxies.ingest import ingest
+
+    with plain_errors():
+        settings = load_config(config)
+        paths = Results(results)
+        ingest(settings.galaxies, paths.survey, paths.galaxies, settings.seed)
+
+
+@app.command()
+def source(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Train the autoencoder and write the source prior."""
+    from lenspipe.source.stage import write_source
+
+    with plain_errors():
+        settings = load_config(config)
+        paths = Results(results)
+        write_source(settings.source, paths.galaxies, paths.source_prior, settings.seed)
+
+
+@app.command("deflection_table")
+def deflection_table(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Compute the table of deflections and measure its error."""
+    from lenspipe.deflection_table import write_deflection_table
+
+    with plain_errors():
+        settings = load_config(config).deflection_table
+        write_deflection_table(settings, Results(results).deflection_table)
+
+
+@app.command()
+def mocks(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Make mock lenses from test galaxies."""
+    from lenspipe.mocks import write_mocks
+
+    with plain_errors():
+        write_mocks(load_config(config), Results(results))
+
+
+@app.command()
+def catalogue(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Check all lenses, mocks and observed, and bring them into one format."""
+    from lenspipe.catalogue.stage import write_catalogue
+
+    with plain_errors():
+        settings = load_config(config)
+        paths = Results(results)
+        write_catalogue(settings.catalogue, paths.mocks if settings.has_mocks else None, paths.catalogue)
+
+
+@app.command()
+def fit(
+    config: Settings = DEFAULT_CONFIG,
+    results: Folder = DEFAULT_RESULTS,
+    shard: Annotated[int | None, typer.Option(help="number of the shard; all of them where none is given")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
+) -> None:
+    """Fit every lens of a shard of the catalogue: MAP, then posterior."""
+    from lenspipe.catalogue.tables import count_shards
+    from lenspipe.fit.stage import fit_shard
+
+    with plain_errors():
+        settings = load_config(config)
+        shards = range(count_shards(settings)) if shard is None else [shard]
+        for number in shards:
+            fit_shard(settings, Results(results), number, workers)
+
+
+@app.command()
+def summary(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Summarise the posteriors: one row a lens, with flags."""
+    from lenspipe.summary import write_summary
+
+    with plain_errors():
+        write_summary(load_config(config).summary, Results(results))
+
+
+@app.command()
+def report(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Draw the report of the run as one HTML page."""
+    from lenspipe.report.page import write_report
+
+    with plain_errors():
+        paths = Results(results)
+        write_report(load_config(config).report, paths)
+    console.print(f"report: {paths.report.resolve()}")
+
+
+@app.command()
+def show(path: Path) -> None:
+    """Say what an artefact is: its stage, settings, versions and inputs."""
+    with plain_errors():
+        record = artefact.read_record(path)
+    table = Table(show_header=False, box=None, title=escape(str(path)), title_justify="left")
+    for key in ("stage", "seed", "commit"):
+        table.add_row(key, str(record[key]))
+    for key in ("facts", "settings", "inputs", "versions"):
+        table.add_row(key, json.dumps(record[key], indent=1))
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+@app.command("check-config")
+def check_config(
+    config: Annotated[str, typer.Argument(help="config file, or settings as inline JSON")] = DEFAULT_CONFIG,
+    write_schema: Annotated[Path | None, typer.Option(help="write the JSON schema of config files here")] = None,
+) -> None:
+    """Check a config file before any job; say how many lenses it would fit."""
+    from lenspipe.catalogue.tables import count_lenses
+
+    with plain_errors():
+        if write_schema:
+            write_schema.write_text(json_schema())
+        lenses = count_lenses(load_config(config))
+    console.print(f"{config if os.path.exists(config) else 'config'}: good; {lenses} lenses to fit")

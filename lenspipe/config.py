@@ -1,0 +1,460 @@
+"""Every setting of lenspipe: one frozen class a section, with unit, range, default and meaning at each field.
+
+A config file holds only what differs from these defaults. Unknown keys are errors. The JSON schema in
+`workflow/schemas/config.schema.json` is generated from these classes (`lenspipe check-config --write-schema`).
+Science is here; machines, partitions and GPUs are in `workflow/profiles/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from lenspipe.errors import ConfigError
+from lenspipe.prior_expression import PriorExpression, parse_prior
+
+Prior = Annotated[
+    PriorExpression,
+    BeforeValidator(lambda v: v if isinstance(v, PriorExpression) else parse_prior(v)),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema(
+        {
+            "type": ["string", "number"],
+            "description": "a prior such as Normal(0, 0.1), or a number that fixes the parameter",
+        }
+    ),
+]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def prior(text: str, description: str) -> Any:
+    """A field whose default is the prior `text`."""
+    return Field(default=parse_prior(text), description=description)
+
+
+class Section(BaseModel):
+    """A frozen section that knows no keys but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+
+class Survey(Section):
+    """The embedded synthetic galaxy survey (stage `survey`), written in the RealGalaxyCatalog layout."""
+
+    galaxies: Count = Field(2400, description="number of galaxies drawn")
+    galaxies_per_file: Count = Field(400, description="number of stamps in one image file")
+    pixel_scale: Positive = Field(0.03, description='pixel scale ["], as in COSMOS')
+    magnitude_bright: float = Field(20.5, ge=15, le=30, description="brightest F814W AB magnitude")
+    magnitude_faint: float = Field(23.5, ge=15, le=30, description="faintest F814W AB magnitude")
+    noise_sd: Positive = Field(0.0026, description="pixel noise [count rate of a 1 s exposure, zero point 25.94]")
+    psf_fwhm: Positive = Field(0.09, description='full width at half maximum of the Moffat PSF ["]')
+    stamp_size_max: int = Field(160, ge=64, le=512, description="largest stamp [px]; the smallest is set by the galaxy")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Survey:
+        if not self.magnitude_bright < self.magnitude_faint:
+            raise ValueError(
+                f"magnitude_bright ({self.magnitude_bright}) must be below magnitude_faint ({self.magnitude_faint})"
+            )
+        return self
+
+
+SplitName = Literal["random", "train", "validation", "test"]
+
+
+class SurveyInput(Section):
+    """Take the galaxies of the embedded synthetic survey."""
+
+    layout: Literal["survey"] = "survey"
+    split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
+
+
+class RealGalaxyCatalogInput(Section):
+    """A galaxy catalogue in the GalSim / GREAT3 RealGalaxyCatalog layout (COSMOS 23.5, 25.2, AEGIS ...)."""
+
+    layout: Literal["real_galaxy_catalog"]
+    catalogue: str = Field(description="path of real_galaxy_catalog_*.fits; images are looked up beside it")
+    fits: str | None = Field(None, description="path of the _fits table; none: <catalogue>_fits.fits where it exists")
+    split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
+
+
+class StampArchiveInput(Section):
+    """An npz archive of galaxy stamps, [galaxy, y, x], each centred on its galaxy and zero outside it."""
+
+    layout: Literal["stamp_archive"]
+    archive: str = Field(description="path of the .npz file")
+    key: str = Field(description="name of the image array inside the archive")
+    pixel_scale: Positive = Field(description='pixel scale ["]')
+    noise_sd: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="pixel noise [image units]; 0: not known, and the signal-to-noise cut does not apply"
+    )
+    exclude: tuple[int, ...] = Field((), description="rows left out by hand (duplicates, artefacts)")
+    split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
+
+
+GalaxyInput = Annotated[
+    SurveyInput | RealGalaxyCatalogInput | StampArchiveInput,
+    Field(discriminator="layout"),
+]
+
+
+class Galaxies(Section):
+    """Ingestion and filtering of unlensed galaxies (stage `galaxies`); the cuts of Chianese et al. 2019, section 2.2."""
+
+    inputs: tuple[GalaxyInput, ...] = Field((SurveyInput(),), min_length=1, description="where the galaxies come from")
+    stamp_size: Literal[64] = Field(64, description="side of the images the source model learns [px]")
+    min_stamp_size: Count = Field(64, description="stamps with a side below this are cut [px]")
+    signal_to_noise_min: float = Field(15, ge=0, description="least max(I downscaled) / sigma_noise")
+    signal_to_noise_max: float = Field(50, gt=0, description="greatest max(I downscaled) / sigma_noise")
+    signal_to_noise_downscale: Count = Field(4, description="factor by which the image is downscaled for that ratio")
+    edge_feather: int = Field(
+        4, ge=0, le=16, description="width of the taper at the edge of the 64x64 image [px]; 0: none"
+    )
+    validation_fraction: Fraction = Field(0.09, description="share of the randomly split galaxies kept for validation")
+    test_fraction: Fraction = Field(0.03, description="share of the randomly split galaxies kept for tests and mocks")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Galaxies:
+        if not self.signal_to_noise_min < self.signal_to_noise_max:
+            raise ValueError(
+                f"signal_to_noise_min ({self.signal_to_noise_min:g}) must be below "
+                f"signal_to_noise_max ({self.signal_to_noise_max:g})"
+            )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must be below 1, or no galaxy is left to train on")
+        return self
+
+
+class Source(Section):
+    """The variational autoencoder that is the source model (stage `source`); paper, section 2 and appendix D."""
+
+    latents: Count = Field(32, le=512, description="dimensions of the latent space (paper: 64)")
+    channels: Count = Field(
+        12, le=256, description="channels of the first convolution (paper: 64); the next have 2, 4, 8 times"
+    )
+    dense: Count = Field(512, le=16384, description="features before the two dense layers (paper: 4096)")
+    decoder_sd: Positive = Field(
+        0.02, description="sigma_d, noise of the decoding distribution [peak flux] (paper: 1/50)"
+    )
+    samples: Count = Field(1, description="samples M of the latents per image in the ELBO (paper: 10)")
+    batch_size: Count = Field(32, description="images in a minibatch")
+    learning_rate: Positive = Field(1e-3, lt=1, description="Adam's learning rate (paper: 1e-6)")
+    betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's momentum parameters")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over the epochs")
+    epochs: Count = Field(40, description="greatest number of epochs")
+    patience: Count = Field(10, description="stop after this many epochs without a better validation ELBO")
+    augment: bool = Field(True, description="turn, flip and shift the training images at random")
+    latent_covariance_scale: Positive = Field(
+        9.0, description="factor on the covariance of the encoded means in the latent prior (paper: 9)"
+    )
+
+
+class DeflectionTable(Section):
+    """The table of SPLE deflections on the unit circle (stage `deflection_table`); paper, appendix A."""
+
+    eta_nodes: int = Field(193, ge=17, le=4097, description="nodes of the angle eta in [0, pi/2]")
+    q_nodes: int = Field(32, ge=4, le=256, description="Chebyshev nodes of the axis ratio")
+    gamma_nodes: int = Field(16, ge=4, le=256, description="Chebyshev nodes of the slope")
+    q_min: float = Field(0.1, ge=0.05, lt=1, description="least axis ratio; the greatest is 1")
+    gamma_min: float = Field(1.1, gt=1, lt=3, description="least slope")
+    gamma_max: float = Field(2.9, gt=1, lt=3, description="greatest slope")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DeflectionTable:
+        if not self.gamma_min < self.gamma_max:
+            raise ValueError(f"gamma_min ({self.gamma_min}) must be below gamma_max ({self.gamma_max})")
+        return self
+
+
+class Lens(Section):
+    """The forward model, shared by mocks and fits."""
+
+    deflection: Literal["table", "series"] = Field("table", description="how the SPLE deflection is computed")
+    supersampling: Literal[1, 2, 4] = Field(1, description="rays per pixel side")
+    source_interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="between the pixels of the decoded source (paper: bilinear)"
+    )
+
+
+class Priors(Section):
+    """Priors of the lens and of the source's place, size and flux; mocks are drawn from them, fits use them.
+
+    Give `theta_E` or `r_Ein` (the paper's, theta_E = sqrt(q) r_Ein), and `e1, e2` or `q, phi`.
+    """
+
+    theta_E: Prior | None = Field(None, description='Einstein radius on the intermediate axis ["]')
+    r_Ein: Prior | None = Field(None, description="the paper's Einstein radius, eq. 11 [\"]; theta_E = sqrt(q) r_Ein")
+    gamma: Prior = prior("TruncatedNormal(2.0, 0.2, 1.3, 2.7)", "three-dimensional logarithmic slope of the mass")
+    e1: Prior | None = Field(None, description="ellipticity (1-q)/(1+q) cos 2 phi")
+    e2: Prior | None = Field(None, description="ellipticity (1-q)/(1+q) sin 2 phi")
+    q: Prior | None = Field(None, description="axis ratio, minor over major")
+    phi: Prior | None = Field(None, description="position angle of the major axis, counter-clockwise from +x [rad]")
+    center_x: Prior = prior("Normal(0, 0.05)", 'lens centre, x to the right ["]')
+    center_y: Prior = prior("Normal(0, 0.05)", 'lens centre, y up ["]')
+    gamma1: Prior = prior("Normal(0, 0.05)", "external shear")
+    gamma2: Prior = prior("Normal(0, 0.05)", "external shear")
+    source_x: Prior = prior("Normal(0, 0.15)", 'centre of the source image ["]')
+    source_y: Prior = prior("Normal(0, 0.15)", 'centre of the source image ["]')
+    source_size: Prior = prior("LogNormal(2.0, 0.4)", 'full width s of the 64x64 source image ["] (paper, eq. 15)')
+    source_flux: Prior = prior("TruncatedNormal(1.0, 0.5, 0.05, 10)", "peak flux iota [flux unit of the lens]")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = dict(data)
+            if "r_Ein" not in data:
+                data.setdefault("theta_E", "TruncatedNormal(1.2, 0.25, 0.4, 3.0)")
+            if "q" not in data and "phi" not in data:
+                data.setdefault("e1", "TruncatedNormal(0, 0.15, -0.45, 0.45)")
+                data.setdefault("e2", "TruncatedNormal(0, 0.15, -0.45, 0.45)")
+        return data
+
+    @model_validator(mode="after")
+    def _one_parametrisation(self) -> Priors:
+        if (self.theta_E is None) == (self.r_Ein is None):
+            raise ValueError("give exactly one of theta_E and r_Ein")
+        given = [name for name in ("e1", "e2", "q", "phi") if getattr(self, name) is not None]
+        if given not in (["e1", "e2"], ["q", "phi"]):
+            raise ValueError(f"give either e1 and e2, or q and phi; found {', '.join(given)}")
+        return self
+
+    def expressions(self) -> dict[str, PriorExpression]:
+        """The priors that are given, by name, in the order of the fields."""
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+
+class NoiseLevel(Section):
+    """One noise level of the mocks."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="goes into the mocks' names")
+    sd: Positive = Field(description="pixel noise [flux unit; a source peaks at source_flux]")
+
+
+class Mocks(Section):
+    """Mock lenses (stage `mocks`); paper, section 5.1. Every system is written once per noise level."""
+
+    systems: int = Field(4, ge=0, description="number of lens systems")
+    noise_levels: tuple[NoiseLevel, ...] = Field(
+        (NoiseLevel(name="low", sd=0.333), NoiseLevel(name="medium", sd=0.1), NoiseLevel(name="high", sd=0.0333)),
+        min_length=1,
+        description="noise levels, named by the signal-to-noise they give",
+    )
+    image_size: int = Field(80, ge=16, le=1024, description="side of the image [px] (paper: 256)")
+    pixel_scale: Positive = Field(0.08, description='pixel scale ["] (paper: 10/256)')
+    psf_sd: Positive = Field(0.08, description='standard deviation of the Gaussian PSF ["] (paper: 0.05)')
+    source: Literal["galaxies", "prior"] = Field(
+        "galaxies", description="denoised galaxies of the test set, or draws from the source prior"
+    )
+    source_extent: Fraction = Field(
+        0.2, gt=0, description="share of the field's width that the galaxy's light is rescaled to (paper: 1/3)"
+    )
+
+    @model_validator(mode="after")
+    def _unique(self) -> Mocks:
+        names = [level.name for level in self.noise_levels]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two noise levels have the same name: {', '.join(names)}")
+        return self
+
+
+class ObservedLens(Section):
+    """One observed lens, written in config instead of in a table. Same fields as the columns of a table."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.+-]+$", description="unique name")
+    image: str = Field(description="path of the FITS image")
+    noise: str = Field(description="path of the FITS noise map (1 sigma)")
+    psf: str = Field(description="path of the FITS PSF kernel")
+    mask: str | None = Field(None, description="path of a FITS mask, 1 = bad pixel")
+    pixel_scale: Positive = Field(description='pixel scale ["]')
+    flux_unit: Positive | None = Field(None, description="image units per unit of source_flux; none: from the image")
+    truth: dict[str, float] = Field({}, description="true values of parameters, where they are known")
+
+
+class Catalogue(Section):
+    """The lens catalogue (stage `catalogue`): mocks and observed lenses, in one format."""
+
+    mocks: bool = Field(True, description="take in the mocks")
+    tables: tuple[str, ...] = Field(
+        (), description="CSV or ECSV tables of observed lenses; paths inside are relative to them"
+    )
+    lenses: tuple[ObservedLens, ...] = Field((), description="observed lenses written here")
+
+
+class Fit(Section):
+    """MAP and Hamiltonian Monte Carlo for every lens (stage `fit`)."""
+
+    shard_size: Count = Field(500, description="lenses in one job")
+    batch_size: Count = Field(4, description="lenses fitted together in one batched program")
+    starts: Count = Field(6, description="starting points of the MAP search per lens")
+    temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
+        (100.0, 30.0, 10.0, 3.0, 1.0),
+        min_length=1,
+        description="factors on the noise, from first to last, in the MAP search",
+    )
+    steps_per_temperature: Count = Field(8, description="Gauss-Newton steps at each temperature")
+    final_steps: Count = Field(30, description="greatest number of Gauss-Newton steps at temperature 1")
+    chains: int = Field(4, ge=2, description="Markov chains per lens")
+    warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
+    draws: int = Field(300, ge=20, description="draws kept per chain")
+    target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
+    path_length: Positive = Field(1.5, description="mean trajectory length in whitened coordinates")
+    max_leapfrog_steps: int = Field(16, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
+
+    @model_validator(mode="after")
+    def _ends_cold(self) -> Fit:
+        if self.temperatures[-1] != 1:
+            raise ValueError(f"the last of temperatures must be 1 (the true noise), found {self.temperatures[-1]:g}")
+        return self
+
+
+class Summary(Section):
+    """One row a lens, with flags (stage `summary`). A lens beyond a threshold is `flagged`."""
+
+    r_hat_max: float = Field(1.05, gt=1, description="greatest R-hat of any lens parameter")
+    ess_bulk_min: float = Field(100, ge=0, description="least bulk effective sample size of any lens parameter")
+    divergence_fraction_max: float = Field(0.01, ge=0, le=1, description="greatest share of divergent draws")
+    chi2_tolerance: Positive = Field(
+        5.0, description="greatest |chi2 per pixel - 1| in units of its own scatter, sqrt(2 / pixels)"
+    )
+    chi2_floor: float = Field(0.02, ge=0, description="|chi2 per pixel - 1| below this is never flagged")
+
+
+class Report(Section):
+    """The HTML page of the run (stage `report`)."""
+
+    title: str = Field("lenspipe", description="heading of the page")
+    lenses: int = Field(
+        30, ge=0, description="greatest number of lenses drawn one by one; flagged and failed ones first"
+    )
+    reconstructions: Count = Field(8, description="number of test galaxies drawn with their reconstructions")
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    seed: int = Field(1, ge=0, description="seed of everything random")
+    survey: Survey = Survey()
+    galaxies: Galaxies = Galaxies()
+    source: Source = Source()
+    deflection_table: DeflectionTable = DeflectionTable()
+    lens: Lens = Lens()
+    priors: Priors = Priors()
+    mocks: Mocks = Mocks()
+    catalogue: Catalogue = Catalogue()
+    fit: Fit = Fit()
+    summary: Summary = Summary()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _table_covers_priors(self) -> Config:
+        if self.lens.deflection == "table":
+            table, gamma = self.deflection_table, self.priors.gamma.support
+            if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:
+                raise ValueError(
+                    f"priors.gamma ({self.priors.gamma}) reaches outside the deflection table "
+                    f"[{table.gamma_min}, {table.gamma_max}]; truncate the prior or widen deflection_table"
+                )
+            if self.priors.q is not None and not (
+                table.q_min <= self.priors.q.support[0] and self.priors.q.support[1] <= 1
+            ):
+                raise ValueError(
+                    f"priors.q ({self.priors.q}) reaches outside the deflection table [{table.q_min}, 1]; "
+                    "truncate the prior or lower deflection_table.q_min"
+                )
+        if not self.has_mocks and not (self.catalogue.tables or self.catalogue.lenses):
+            raise ValueError("there is nothing to fit: no mocks are taken in, and no tables or lenses are given")
+        return self
+
+    @property
+    def has_mocks(self) -> bool:
+        """Whether the lens catalogue takes in mocks."""
+        return self.catalogue.mocks and self.mocks.systems > 0
+
+    @property
+    def has_survey(self) -> bool:
+        """Whether the galaxies come, at least in part, from the embedded synthetic survey."""
+        return any(isinstance(source, SurveyInput) for source in self.galaxies.inputs)
+
+
+def load_config(source: str | Path | dict[str, Any]) -> Config:
+    """Read settings from a YAML file, from inline YAML or JSON that starts with `{`, or from a dict.
+
+    Raises ConfigError naming every bad key, what was found and what was expected.
+    """
+    if isinstance(source, dict):
+        return _validated(source, "config")
+    text = str(source)
+    if text.lstrip().startswith("{"):
+        return _validated(yaml.safe_load(text), "config")
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(data).__name__}")
+    return _validated(data, str(path))
+
+
+def _validated(data: dict[str, Any], origin: str) -> Config:
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [f"  {_explain(e)}" for e in error.errors()]
+        raise ConfigError("\n".join([f"{origin}: {len(lines)} bad setting(s)", *lines])) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    message = error["msg"].removeprefix("Value error, ")
+    found = error.get("input")
+    return f"{key}: {message}" + (f" (found {found!r})" if isinstance(found, str | int | float) else "")
+
+
+def _known_keys() -> list[str]:
+    schema = Config.model_json_schema()
+    parts = [schema, *schema["$defs"].values()]
+    return sorted({name for part in parts for name in part.get("properties", {})})
+
+
+def json_schema() -> str:
+    """The JSON schema of a config file, as text."""
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+
+
+def expand_path(text: str, base: Path | None = None) -> Path:
+    """A path from config or a table: `${VARIABLE}` and `~` expanded, relative ones taken from `base`.
+
+    Raises ConfigError where a variable is not set.
+    """
+    for name in re.findall(r"\$\{(\w+)\}", text):
+        if not os.environ.get(name):
+            raise ConfigError(f"{text}: the environment variable {name} is not set; set it to the folder meant")
+    path = Path(os.path.expandvars(text)).expanduser()
+    return path if path.is_absolute() or base is None else base / path

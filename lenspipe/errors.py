@@ -1,0 +1,13 @@
+"""Errors written for the person who reads them: which file, which key, what was found, what to do."""
+
+
+class LenspipeError(Exception):
+    """Something the user can mend. The command line prints its message without a traceback."""
+
+
+class ConfigError(LenspipeError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class InputError(LenspipeError):
+    """A file that was handed in is missing, broken or not what it should be."""

@@ -1,0 +1,1 @@
+"""Many different lenses fitted in one batched program: maximum a posteriori, then Hamiltonian Monte Carlo."""

@@ -1,0 +1,87 @@
+"""Maximum a posteriori: tempered Gauss-Newton with Marquardt damping, many starts a lens, all in one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lenspipe.config import Fit
+from lenspipe.fit.model import LensModel
+
+CONVERGED = 1e-3  # gain in log posterior below which a step at temperature 1 is the last [nat]
+
+
+@dataclass(frozen=True)
+class MapFit:
+    """The best point of every lens and what the search saw.
+
+    w: [lens, size]; log_density: [lens]; hessian: [lens, size, size], Gauss-Newton, of minus the log posterior at w;
+    start_log_density: [lens, start], where every start ended after the tempered search; converged: [lens].
+    """
+
+    w: Tensor
+    log_density: Tensor
+    hessian: Tensor
+    start_log_density: Tensor
+    converged: Tensor
+
+
+def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
+    """Search from `settings.starts` points drawn from the prior of the named parameters, with the mean source.
+
+    generators: one a lens, so that a lens's starts do not depend on its neighbours in the batch.
+    """
+    lenses, starts = len(model.batch), settings.starts
+    wide = model.take(torch.arange(lenses).repeat_interleave(starts))
+    w = torch.cat([start_points(model, starts, generator) for generator in generators])
+    for temperature in settings.temperatures:
+        w, _, _ = climb(wide, w, temperature, settings.steps_per_temperature)
+    reached = -0.5 * (wide.normal_equations(w)[0] + w.double().square().sum(-1))
+    reached = torch.nan_to_num(reached, nan=-torch.inf).unflatten(0, (lenses, starts))
+    best = w.unflatten(0, (lenses, starts))[torch.arange(lenses), reached.argmax(1)]
+    best, log_density, gain = climb(model, best, 1.0, settings.final_steps)
+    hessian = model.normal_equations(best)[2] + torch.eye(model.size, dtype=torch.float64)
+    return MapFit(best, log_density, hessian, reached, gain < CONVERGED)
+
+
+def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:
+    """[start, size]: named parameters from the prior, the first at its median; latents at zero."""
+    w = torch.zeros(starts, model.size)
+    named = len(model.priors.free)
+    w[1:, :named] = torch.randn(starts - 1, named, generator=generator)
+    return w
+
+
+def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At most `steps` damped Gauss-Newton steps with the noise multiplied by `temperature`.
+
+    Every lens has its own damping: a step that does not raise its log posterior is undone and the damping grows
+    fourfold, otherwise it shrinks threefold. Returns w [lens, size], log posterior [lens] and the gain of the last
+    step accepted [lens].
+    """
+    identity = torch.eye(model.size, dtype=torch.float64)
+    w = w.clone()
+    damping = torch.full((len(w),), 1e-2, dtype=torch.float64)
+    value = torch.full((len(w),), -torch.inf, dtype=torch.float64)
+    gain = torch.full((len(w),), torch.inf, dtype=torch.float64)
+    gradient = torch.zeros(len(w), model.size, dtype=torch.float64)
+    hessian = identity.expand(len(w), -1, -1).clone()
+    proposal = w.clone()
+    for _ in range(steps + 1):
+        chi2, d_chi2, hessian_chi2 = model.normal_equations(proposal)
+        proposed = -0.5 * (chi2 / temperature**2 + proposal.double().square().sum(-1))
+        better = proposed > value
+        gain = torch.where(better, proposed - value, gain)
+        damping = torch.where(better, damping / 3, damping * 4).clamp(1e-6, 1e8)
+        row = better[:, None]
+        w, value = torch.where(row, proposal, w), torch.where(better, proposed, value)
+        gradient = torch.where(row, d_chi2 / temperature**2 + proposal.double(), gradient)
+        hessian = torch.where(row[..., None], hessian_chi2 / temperature**2 + identity, hessian)
+        if bool((gain < CONVERGED).all()):
+            break
+        damped = hessian + damping[:, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
+        step = torch.linalg.solve(damped, gradient)
+        proposal = (w.double() - step).to(w.dtype).clamp(-8, 8)
+    return w, value, gain

@@ -1,0 +1,142 @@
+"""The probabilistic model of a batch of lenses, and its derivatives.
+
+Every unknown is a standard normal w: first the named parameters, through their priors, then the latents of the source.
+The log posterior is then -(|r(w)|^2 + |w|^2) / 2 up to a constant, with r the residuals in units of the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from lenspipe.catalogue.batch import LensBatch
+from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
+from lenspipe.prior_map import PriorMap
+from lenspipe.source.prior import SourcePrior
+
+CHUNK_ELEMENTS = 40_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
+
+
+class LensModel:
+    """The model of the lenses of a batch; `w` is [lens, size], one row of unknowns for each."""
+
+    def __init__(self, batch: LensBatch, priors: PriorMap, source: SourcePrior, optics: Optics):
+        self.batch, self.priors, self.source, self.optics = batch, priors, source, optics
+        unit = batch.flux_unit[:, None, None]
+        self.data = batch.image / unit
+        self.weight = batch.usable / (batch.noise / unit)
+        self.data = torch.where(batch.usable, self.data, 0.0)
+        self.simulator = Simulator(optics, batch.psf, batch.pixel_scale, tuple(batch.image.shape[-2:]))  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> int:
+        """Number of unknowns of a lens."""
+        return len(self.priors.free) + self.source.size
+
+    def take(self, rows: Tensor) -> LensModel:
+        """The model of the lenses at `rows` [n]; rows may repeat, as for starts and chains."""
+        return LensModel(self.batch.take(rows), self.priors, self.source, self.optics)
+
+    def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The unknowns of the named parameters and those of the source."""
+        n = len(self.priors.free)
+        return w[..., :n], w[..., n:]
+
+    def parameters(self, w: Tensor) -> Parameters:
+        """Named parameters [lens], those of config and the canonical ones."""
+        return canonical(self.priors(self.split(w)[0]))
+
+    def source_image(self, w: Tensor) -> Tensor:
+        """Source images [lens, 64, 64] times their flux, in flux units."""
+        return self.parameters(w)["source_flux"][:, None, None] * self.source(self.split(w)[1])
+
+    def image(self, w: Tensor) -> Tensor:
+        """Predicted images [lens, ny, nx], in flux units."""
+        return self.simulator.image(self.parameters(w), self.source(self.split(w)[1]))
+
+    def residuals(self, w: Tensor) -> Tensor:
+        """(prediction - data) / noise: [lens, ny, nx]; zero where masked."""
+        return (self.image(w) - self.data) * self.weight
+
+    def log_density(self, w: Tensor) -> Tensor:
+        """Log posterior [lens] without its constant, summed in float64."""
+        return -0.5 * (self.residuals(w).double().square().sum((-2, -1)) + w.double().square().sum(-1))
+
+    def value_and_gradient(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Log posterior [lens] and its gradient [lens, size], by reverse mode."""
+        w = w.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.log_density(w)
+            (gradient,) = torch.autograd.grad(value.sum(), w)
+        return value.detach(), gradient
+
+    @torch.no_grad()
+    def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals [lens, pixel] and their Jacobian [lens, pixel, size].
+
+        The chain rule through the source plane: forward mode through the lens for every named parameter, the
+        derivative of the source along each ray, and, the image being linear in the source, one more rendered
+        image for every latent.
+        """
+        named, latent = self.split(w)
+        source = self.source(latent)
+        (d_source,) = pushed_forward(lambda w: (self.source(w),), latent)
+
+        def geometry(named: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            p = canonical(self.priors(named))
+            return *self.simulator.source_points(p), p["source_flux"][:, None, None]
+
+        u, v, flux = geometry(named)
+        rays, along_u, along_v = self.simulator.brightness_gradient((u, v), source)
+        du, dv, d_flux = pushed_forward(geometry, named)
+        columns = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
+        images = self.simulator.observe(torch.cat([(flux * rays)[:, None], columns], 1))
+        latent_images = flux[:, None] * self.simulator.render((u, v), d_source)
+        jacobian = torch.cat([images[:, 1:], latent_images], 1) * self.weight[:, None]
+        residuals = (images[:, 0] - self.data) * self.weight
+        return residuals.flatten(1), jacobian.flatten(2).transpose(1, 2)
+
+    def normal_equations(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|r|^2 [lens], J^T r [lens, size] and J^T J [lens, size, size] in float64, a bounded piece at a time."""
+        pieces = []
+        for rows in self._pieces():
+            residuals, jacobian = self.take(rows).linearise(w[rows])
+            pieces.append(
+                (
+                    residuals.double().square().sum(-1),
+                    (jacobian.transpose(1, 2) @ residuals[..., None])[..., 0].double(),
+                    (jacobian.transpose(1, 2) @ jacobian).double(),
+                )
+            )
+        chi2, gradient, hessian = (torch.cat(part) for part in zip(*pieces, strict=True))
+        return chi2, gradient, hessian
+
+    def _pieces(self) -> Iterator[Tensor]:
+        per_lens = self.data[0].numel() * self.size
+        return iter(torch.arange(len(self.batch)).split(max(1, CHUNK_ELEMENTS // per_lens)))
+
+    def pyro_model(self) -> None:
+        """The same model in Pyro, one plate of lenses: for reference inference and for tests of this class."""
+        with pyro.plate("lens", len(self.batch)):
+            unit = self.data.new_zeros(self.size)
+            w = pyro.sample("w", dist.Normal(unit, 1.0).to_event(1))
+            noise = torch.where(self.batch.usable, 1 / self.weight, 1.0)
+            observed = dist.Normal(self.image(w), noise).mask(self.batch.usable).to_event(2)
+            pyro.sample("image", observed, obs=self.data)
+
+
+def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor) -> tuple[Tensor, ...]:
+    """Derivatives of every output [lens, ...] with respect to `at` [lens, n]: [lens, n, ...] each, in forward mode.
+
+    Lenses do not depend on each other, so one direction serves all of them.
+    """
+
+    def along(direction: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(function, (at,), (direction.expand_as(at),))[1]
+
+    directions = torch.eye(at.shape[-1], dtype=at.dtype, device=at.device)
+    return torch.func.vmap(along, out_dims=1)(directions)

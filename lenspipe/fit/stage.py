@@ -1,0 +1,214 @@
+"""Stage `fit`: MAP and posterior of every lens of a shard of the catalogue.
+
+The lenses of one shape are cut into batches; each batch is one Dask task. A lens that cannot be fitted is a row of the
+shard's manifest with its reason; the rest of its batch is fitted without it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dask
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+import zarr
+from dask.distributed import Client, LocalCluster, as_completed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lenspipe import artefact
+from lenspipe.catalogue.stage import read_batch, read_catalogue
+from lenspipe.config import Config, load_config
+from lenspipe.deflection_table import read_optics
+from lenspipe.fit import hmc, map_search
+from lenspipe.fit.model import LensModel
+from lenspipe.lens.coordinates import ellipticity
+from lenspipe.prior_map import PriorMap
+from lenspipe.results import Results
+from lenspipe.seeds import seed_for
+from lenspipe.source.prior import read_source_prior
+
+PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
+PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
+
+
+@dataclass(frozen=True)
+class Task:
+    """One batch: everything a worker needs, small enough to send."""
+
+    config: str
+    paths: Results
+    bucket: str
+    names: tuple[str, ...]
+
+
+def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> None:
+    """Fit the lenses of one shard; write its manifest (shard-0000.csv) and `shard-0000.zarr` beside it.
+
+    workers: processes that fit batches side by side, one thread each; 1 fits in this process.
+    """
+    size = config.fit.shard_size
+    lenses = read_catalogue(paths.catalogue).iloc[shard * size : (shard + 1) * size]
+    tasks = list(_tasks(config, paths, lenses))
+    fitted: dict[str, list[xr.Dataset]] = {}
+    reasons = dict(zip(lenses["name"], lenses["reason"], strict=True))
+    with _progress(len(lenses)) as advance:
+        for task, datasets, failures in _run(tasks, workers):
+            fitted.setdefault(task.bucket, []).extend(datasets)
+            reasons |= failures
+            advance(len(task.names))
+    used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
+    files = [paths.catalogue, paths.source_prior, paths.deflection_table]
+    out = paths.manifest(shard)
+    record = artefact.provenance("fit", used, files, config.seed, shard=shard, lenses=len(lenses))
+    with artefact.written_whole(out.with_suffix(".zarr")) as store, artefact.written_whole(out) as manifest:
+        _write_store(store, fitted, record)
+        rows = [
+            {"name": n, "status": "failed" if reason else "fitted", "reason": reason} for n, reason in reasons.items()
+        ]
+        pd.DataFrame(rows).to_csv(manifest, index=False)
+
+
+def _tasks(config: Config, paths: Results, lenses: pd.DataFrame) -> Iterator[Task]:
+    text = config.model_dump_json()
+    for bucket, members in lenses[lenses["status"] == "usable"].groupby("bucket", sort=True):
+        names = members["name"].tolist()
+        for first in range(0, len(names), config.fit.batch_size):
+            yield Task(text, paths, str(bucket), tuple(names[first : first + config.fit.batch_size]))
+
+
+Result = tuple[Task, list[xr.Dataset], dict[str, str]]
+
+
+def _run(tasks: list[Task], workers: int) -> Iterator[Result]:
+    if workers == 1 or len(tasks) < 2:
+        yield from map(fit_task, tasks)
+        return
+    quiet = {"distributed.worker.memory.terminate": 0.95, "distributed.scheduler.allowed-failures": 2}
+    with (
+        dask.config.set(quiet),
+        LocalCluster(n_workers=min(workers, len(tasks)), threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        futures = {f: task for f, task in zip(client.map(fit_task, tasks, pure=False, retries=1), tasks, strict=True)}
+        for future in as_completed(futures):
+            if future.status == "error":
+                task = futures[future]
+                yield task, [], dict.fromkeys(task.names, f"the worker died or failed: {future.exception()!r}")
+            else:
+                yield future.result()
+
+
+def fit_task(task: Task) -> Result:
+    """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it."""
+    torch.set_num_threads(1)
+    try:
+        return task, [fit_lenses(task)], {}
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        if len(task.names) == 1:
+            return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    alone = [fit_task(Task(task.config, task.paths, task.bucket, (name,))) for name in task.names]
+    failures = {name: reason for _, _, failed in alone for name, reason in failed.items()}
+    return task, [dataset for _, datasets, _ in alone for dataset in datasets], failures
+
+
+def build_model(config: Config, paths: Results, bucket: str, names: list[str]) -> LensModel:
+    """The model of the named lenses of one bucket, from the files of the earlier stages."""
+    batch = read_batch(paths.catalogue, bucket, names, PRECISION)
+    optics = read_optics(config, paths.deflection_table, PRECISION)
+    return LensModel(batch, PriorMap(config.priors.expressions()), read_source_prior(paths.source_prior), optics)
+
+
+def fit_lenses(task: Task) -> xr.Dataset:
+    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posterior.store`."""
+    config = load_config(json.loads(task.config))
+    model = build_model(config, task.paths, task.bucket, list(task.names))
+    began = time.perf_counter()
+    found = map_search.search(model, config.fit, _generators(config.seed, "map", task.names))
+    if not bool(torch.isfinite(found.log_density).all()):
+        raise ArithmeticError("no start of the MAP search reached a finite log posterior")
+    seconds_map = (time.perf_counter() - began) / len(task.names)
+    chains = model.take(torch.arange(len(task.names)).repeat_interleave(config.fit.chains))
+    draws = hmc.sample(
+        chains.value_and_gradient, found.w, found.hessian, config.fit, _generators(config.seed, "hmc", task.names)
+    )
+    seconds = (time.perf_counter() - began) / len(task.names)
+    return _dataset(model, found, draws).assign(
+        seconds_map=("lens", np.full(len(task.names), seconds_map)), seconds=("lens", np.full(len(task.names), seconds))
+    )
+
+
+def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed_for(seed, purpose, name)) for name in names]
+
+
+@torch.no_grad()
+def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr.Dataset:
+    lenses, chains, number, size = draws.w.shape
+    chain_draw = ("lens", "chain", "draw")
+    flat = draws.w.flatten(0, 2)
+    data: dict[str, tuple[object, np.ndarray]] = {"name": ("lens", np.array(model.batch.names, dtype=object))}
+    for name, value in _reported(model, flat).items():
+        data[name] = (chain_draw, value.reshape(lenses, chains, number).numpy().astype("float32"))
+    data["latent"] = ((*chain_draw, "latent"), model.split(draws.w)[1].numpy().astype("float32"))
+    for name in ("log_density", "acceptance", "diverging", "energy"):
+        data[name] = (chain_draw, getattr(draws, name).numpy())
+    for name, value in _reported(model, found.w).items():
+        data[f"{name}_map"] = ("lens", value.numpy().astype("float64"))
+    usable = model.batch.usable.sum((-2, -1))
+    data["pixels"] = ("lens", usable.numpy())
+    data["chi2_per_pixel"] = ("lens", (model.residuals(found.w).double().square().sum((-2, -1)) / usable).numpy())
+    data["log_density_map"] = ("lens", found.log_density.numpy())
+    data["start_log_density"] = (("lens", "start"), found.start_log_density.numpy())
+    data["converged"] = ("lens", found.converged.numpy())
+    data["step_size"] = ("lens", draws.step_size.numpy())
+    return xr.Dataset(data | _pictures(model, found.w, draws.w))
+
+
+def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Named parameters of config and canonical ones, e1 and e2 always among them; w: [n, size]."""
+    p = model.parameters(w)
+    if "e1" not in p:
+        p["e1"], p["e2"] = ellipticity(p["q"], p["phi"])
+    return p
+
+
+def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
+    """Model and source at the MAP, and their posterior mean and spread over draws spread evenly, in image units."""
+    image, source = ("lens", "y", "x"), ("lens", "source_y", "source_x")
+    unit = model.batch.flux_unit[:, None, None]
+    flat = draws.flatten(1, 2)
+    chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)
+    models = torch.stack([model.image(w) for w in chosen])
+    sources = torch.stack([model.source_image(w) for w in chosen])
+    return {
+        "model_map": (image, (unit * model.image(w_map)).numpy()),
+        "model_mean": (image, (unit * models.mean(0)).numpy()),
+        "source_map": (source, (unit * model.source_image(w_map)).numpy()),
+        "source_mean": (source, (unit * sources.mean(0)).numpy()),
+        "source_sd": (source, (unit * sources.std(0)).numpy()),
+    }
+
+
+def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[str, object]) -> None:
+    zarr.open_group(store, mode="w").attrs[artefact.KEY] = record
+    for bucket, datasets in fitted.items():
+        if datasets:
+            group = xr.concat(datasets, dim="lens").sortby("name")
+            chunks = {n: {"chunks": (min(10, v.shape[0]), *v.shape[1:])} for n, v in group.items()}
+            group.to_zarr(store, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of lenses done, with the time spent and left; yields what to call with the number of lenses just done."""
+    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("fit", total=total)
+        yield lambda lenses: bar.advance(task, lenses)

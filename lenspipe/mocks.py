@@ -1,0 +1,141 @@
+"""Stage `mocks`: mock lenses as in the paper's section 5.1, written as FITS files and a table, with their truth.
+
+A source is a galaxy of the test set, denoised by non-local means and rescaled to a given share of the field; lens
+parameters are drawn from the priors. Every system is written once per noise level.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from astropy.io import fits
+from rich.progress import track
+from skimage.restoration import denoise_nl_means, estimate_sigma
+from torch import Tensor
+
+from lenspipe import artefact
+from lenspipe.config import Config, Mocks
+from lenspipe.deflection_table import read_optics
+from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.image.psf import gaussian_kernel
+from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
+from lenspipe.lens.coordinates import ellipticity
+from lenspipe.prior_map import PriorMap
+from lenspipe.results import Results
+from lenspipe.seeds import seed_for
+from lenspipe.source.prior import read_source_prior
+
+LIGHT_SHARE = 0.9  # of a galaxy's flux, inside the circle whose diameter is its extent
+
+
+def write_mocks(config: Config, paths: Results) -> None:
+    """Write `config.mocks.systems` systems at every noise level below `paths.mocks`, with `lenses.csv`."""
+    settings = config.mocks
+    optics = read_optics(config, paths.deflection_table, torch.float64)
+    inputs = [paths.galaxies if settings.source == "galaxies" else paths.source_prior]
+    prior = read_source_prior(paths.source_prior) if settings.source == "prior" else None
+    images, noise_sds, names = _sources(config, paths.galaxies) if prior is None else ([], [], [])
+    rows = []
+    with artefact.written_whole(paths.mocks) as folder:
+        folder.mkdir()
+        for system in track(range(settings.systems), description="mocks"):
+            generator = torch.Generator().manual_seed(seed_for(config.seed, "mocks", system))
+            parameters = draw_parameters(PriorMap(config.priors.expressions()), generator)
+            if prior is None:
+                galaxy = system % len(images)
+                picture = denoised(images[galaxy], noise_sds[galaxy])
+                field = settings.image_size * settings.pixel_scale
+                parameters["source_size"] = torch.full(
+                    (1,), settings.source_extent * field / light_extent(picture)
+                ).double()
+                origin = names[galaxy]
+            else:
+                latent = torch.randn(1, prior.size, generator=generator)
+                picture = prior(latent)[0].double().numpy()
+                origin = "prior"
+            rows += _write_system(settings, system, parameters, picture, origin, optics, generator, folder)
+        pd.DataFrame(rows).to_csv(folder / "lenses.csv", index=False)
+        used = {name: getattr(config, name) for name in ("mocks", "lens", "priors")}
+        artefact.write_record(folder, artefact.provenance("mocks", used, inputs, config.seed))
+
+
+def draw_parameters(priors: PriorMap, generator: torch.Generator) -> Parameters:
+    """One draw of the named parameters, canonical ones filled in: [1] each, float64."""
+    return canonical(priors(torch.randn(1, len(priors.free), generator=generator, dtype=torch.float64)))
+
+
+def denoised(image: np.ndarray, noise_sd: float) -> np.ndarray:
+    """A galaxy image [n, n] without its noise: non-local means (Buades et al. 2005), no negative light, peak 1.
+
+    Where the noise is not known (0) it is estimated from the image.
+    """
+    sigma = noise_sd or float(estimate_sigma(image))
+    clean = denoise_nl_means(image, patch_size=5, patch_distance=7, h=0.8 * sigma, sigma=sigma, fast_mode=True)
+    clean = np.clip(clean - 0.5 * sigma, 0, None)
+    return clean / clean.max()
+
+
+def light_extent(image: np.ndarray, share: float = LIGHT_SHARE) -> float:
+    """Diameter of the circle about the centroid that holds `share` of the light, in units of the image's width."""
+    n = len(image)
+    y, x = np.mgrid[:n, :n]
+    centre_x, centre_y = ((image * axis).sum() / image.sum() for axis in (x, y))
+    radius = np.hypot(x - centre_x, y - centre_y).ravel()
+    order = radius.argsort()
+    within = np.cumsum(image.ravel()[order]) / image.sum()
+    return float(2 * max(radius[order][np.searchsorted(within, share)], 1.0) / n)
+
+
+def _sources(config: Config, galaxies: Path) -> tuple[list[np.ndarray], list[float], list[str]]:
+    """As many galaxies of the test set as there are systems, in random order; all of them where there are fewer."""
+    chosen = open_galaxies(galaxies, "test")
+    order = np.random.default_rng(seed_for(config.seed, "mocks", "galaxies")).permutation(chosen.sizes["galaxy"])
+    chosen = chosen.isel(galaxy=order[: config.mocks.systems])
+    images = list(chosen["image"].to_numpy().astype(float))
+    return images, chosen["noise_sd"].to_numpy().tolist(), [str(name) for name in chosen["name"].to_numpy()]
+
+
+def _write_system(
+    settings: Mocks,
+    system: int,
+    parameters: Parameters,
+    picture: np.ndarray,
+    origin: str,
+    optics: Optics,
+    generator: torch.Generator,
+    folder: Path,
+) -> list[dict[str, object]]:
+    """Write one system at every noise level; its rows of the table."""
+    n, scale = settings.image_size, settings.pixel_scale
+    kernel = gaussian_kernel(settings.psf_sd / scale)
+    simulator = Simulator(optics, torch.from_numpy(kernel)[None], torch.tensor([scale]).double(), (n, n))
+    clean = simulator.image(parameters, torch.from_numpy(picture)[None])[0]
+    truth = {f"true_{name}": float(value) for name, value in _with_ellipticity(parameters).items()}
+    source = picture * truth["true_source_flux"]
+    rows: list[dict[str, object]] = []
+    for level in settings.noise_levels:
+        name = f"mock-{system:04d}-{level.name}"
+        place = folder / name
+        place.mkdir()
+        noisy = clean + level.sd * torch.randn(n, n, generator=generator, dtype=torch.float64)
+        _write_fits(place / "image.fits", noisy, scale)
+        _write_fits(place / "noise.fits", torch.full((n, n), level.sd), scale)
+        _write_fits(place / "psf.fits", torch.from_numpy(kernel), scale)
+        _write_fits(place / "source.fits", torch.from_numpy(source), truth["true_source_size"] / len(source))
+        paths = {kind: f"{name}/{kind}.fits" for kind in ("image", "noise", "psf")}
+        rows.append({"name": name, "pixel_scale": scale, **paths, "flux_unit": 1.0, "source_galaxy": origin, **truth})
+    return rows
+
+
+def _with_ellipticity(parameters: Parameters) -> Parameters:
+    e1, e2 = ellipticity(parameters["q"], parameters["phi"])
+    return {**parameters, "e1": e1, "e2": e2}
+
+
+def _write_fits(path: Path, image: Tensor, pixel_scale: float) -> None:
+    hdu = fits.PrimaryHDU(image.numpy().astype("float32"))
+    hdu.header["PIXSCALE"] = (pixel_scale, "arcsec per pixel")
+    hdu.writeto(path)

@@ -1,0 +1,89 @@
+"""Posteriors on disk: one Zarr folder a shard, in it one group for each shape of image.
+
+A group has dimensions (lens, chain, draw) and, where they apply, (latent), (start), (y, x) and (source_y, source_x):
+
+| variables | dimensions |
+|---|---|
+| `theta_E, gamma, q, phi, ...` | lens, chain, draw |
+| `latent` (standard normal) | lens, chain, draw, latent |
+| `log_density, acceptance, diverging, energy` | lens, chain, draw |
+| `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
+| `start_log_density` | lens, start |
+| `model_map, model_mean` (image units) | lens, y, x |
+| `source_map, source_mean, source_sd` (image units) | lens, source_y, source_x |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+import zarr
+
+from lenspipe.errors import InputError
+
+STATISTICS = ("log_density", "acceptance", "diverging", "energy")
+ARVIZ_NAMES = {"log_density": "lp", "acceptance": "acceptance_rate"}
+
+
+def open_groups(fit: Path) -> Iterator[xr.Dataset]:
+    """Every group of every shard in the folder of the stage `fit`, lazily."""
+    shards = sorted(fit.glob("shard-*.zarr"))
+    if not shards:
+        raise InputError(f"{fit}: no posteriors here; run the stage fit first")
+    for shard in shards:
+        for bucket in sorted(zarr.open_group(shard, mode="r").group_keys()):
+            yield xr.open_zarr(shard, group=bucket, consolidated=False)
+
+
+def read_manifests(fit: Path) -> pd.DataFrame:
+    """One row a lens, failures included, of all shards."""
+    manifests = sorted(fit.glob("shard-*.csv"))
+    if not manifests:
+        raise InputError(f"{fit}: no manifest of a shard here; run the stage fit first")
+    tables = [pd.read_csv(path, dtype={"name": str, "status": str, "reason": str}) for path in manifests]
+    return pd.concat(tables, ignore_index=True).fillna({"reason": ""})
+
+
+def open_posteriors(fit: str | Path) -> xr.Dataset:
+    """All lenses of a run as one lazy dataset: every variable of dimensions (lens, chain, draw) or (lens), by name.
+
+    Variables whose size differs from lens to lens (images) are left out; `posterior` has those of one lens.
+    """
+    kept = [
+        group[[n for n, v in group.items() if set(v.dims) <= {"lens", "chain", "draw"}]]
+        for group in open_groups(Path(fit))
+    ]
+    return xr.concat(kept, dim="lens").set_index(lens="name")
+
+
+def posterior(fit: str | Path, name: str) -> xr.DataTree:
+    """One lens as an ArviZ object: groups posterior, sample_stats and images.
+
+    Raises InputError where the lens is not among the posteriors, with its reason where it failed.
+    """
+    for group in open_groups(Path(fit)):
+        names = group["name"].to_numpy().tolist()
+        if name in names:
+            return _tree(group.isel(lens=names.index(name)).load())
+    manifest = read_manifests(Path(fit)).set_index("name")
+    if name in manifest.index:
+        raise InputError(
+            f"lens {name} has no posterior: it {manifest.loc[name, 'status']}: {manifest.loc[name, 'reason']}"
+        )
+    raise InputError(f"no lens {name} in {fit}; the first of its {len(manifest)} lenses is {manifest.index[0]}")
+
+
+def _tree(lens: xr.Dataset) -> xr.DataTree:
+    chained = {n: v for n, v in lens.items() if {"chain", "draw"} <= set(v.dims)}
+    chains = {"chain": range(lens.sizes["chain"]), "draw": range(lens.sizes["draw"])}
+    groups = {
+        "posterior": xr.Dataset({n: v for n, v in chained.items() if n not in STATISTICS}, coords=chains),
+        "sample_stats": xr.Dataset({ARVIZ_NAMES.get(n, n): chained[n] for n in STATISTICS}, coords=chains),
+        "images": lens.drop_vars([*chained]),
+    }
+    return xr.DataTree.from_dict(
+        {f"/{n}": g.reset_coords(drop=True) if n != "images" else g for n, g in groups.items()}
+    )

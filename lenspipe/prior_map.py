@@ -1,0 +1,55 @@
+"""Every prior as a map from a standard normal: theta = T(w), w ~ N(0, 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.special import ndtr, ndtri
+
+from lenspipe.prior_expression import PriorExpression
+
+
+def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
+    """The value whose quantile in the prior is that of `w` in the standard normal. Smooth, increasing; any shape."""
+    match prior.distribution:
+        case "Normal":
+            return prior.mean + prior.sd * w
+        case "LogNormal":
+            return prior.median * torch.exp(prior.sd * w)
+        case "Uniform":
+            return prior.low + (prior.high - prior.low) * ndtr(w)
+        case "TruncatedNormal":
+            low, high = ((bound - prior.mean) / prior.sd for bound in (prior.low, prior.high))
+            below, above = (_ndtr(bound) for bound in (low, high))
+            # a draw below the mean is counted from the left, one above from the right, so that neither tail is rounded off
+            left = ndtri(below + (above - below) * ndtr(w))
+            right = -ndtri(_ndtr(-high) + (_ndtr(-low) - _ndtr(-high)) * ndtr(-w))
+            inside = torch.where(left < 0, left, right)
+            return prior.mean + prior.sd * inside
+        case "Fixed":
+            return torch.full_like(w, prior.value)
+        case other:
+            raise ValueError(f"no map from a standard normal for {other}")
+
+
+def _ndtr(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+class PriorMap:
+    """The priors of the named parameters of a lens, together: w [lens, free] to {name: [lens]}.
+
+    Computed in float64, where a quantile near 0 or 1 keeps its digits, and returned in the precision of `w`.
+    """
+
+    def __init__(self, priors: Mapping[str, PriorExpression]):
+        self.priors = dict(priors)
+        self.free = [name for name, prior in self.priors.items() if prior.distribution != "Fixed"]
+
+    def __call__(self, w: Tensor) -> dict[str, Tensor]:
+        column = dict(zip(self.free, w.double().unbind(-1), strict=True))
+        blank = torch.zeros(w.shape[:-1], dtype=torch.float64, device=w.device)
+        return {name: from_normal(prior, column.get(name, blank)).to(w.dtype) for name, prior in self.priors.items()}

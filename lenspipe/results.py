@@ -1,0 +1,52 @@
+"""Where each stage leaves its output, below one folder of results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Results:
+    """Paths of the artefacts of a run in the folder `root`."""
+
+    root: Path
+
+    @property
+    def survey(self) -> Path:
+        return self.root / "survey"
+
+    @property
+    def galaxies(self) -> Path:
+        return self.root / "galaxies/galaxies.zarr"
+
+    @property
+    def source_prior(self) -> Path:
+        return self.root / "source/source_prior.safetensors"
+
+    @property
+    def deflection_table(self) -> Path:
+        return self.root / "deflection_table/deflection_table.safetensors"
+
+    @property
+    def mocks(self) -> Path:
+        return self.root / "mocks"
+
+    @property
+    def catalogue(self) -> Path:
+        return self.root / "catalogue/catalogue.zarr"
+
+    @property
+    def fit(self) -> Path:
+        return self.root / "fit"
+
+    def manifest(self, shard: int) -> Path:
+        return self.fit / f"shard-{shard:04d}.csv"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary/lenses.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report/report.html"

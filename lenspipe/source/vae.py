@@ -1,0 +1,88 @@
+"""The variational autoencoder of the paper: tables D1 and D2, with the number of channels left free."""
+
+from __future__ import annotations
+
+import pyro
+from pyro import distributions as dist
+from torch import Tensor, nn
+
+IMAGE_SIZE = 64
+
+
+class Encoder(nn.Module):
+    """Table D1: images [galaxy, 64, 64] to the mean and the standard deviation of the latents, each [galaxy, latents]."""
+
+    def __init__(self, latents: int, channels: int, dense: int):
+        super().__init__()
+        widths = [channels * factor for factor in (1, 2, 4, 8)]
+        layers: list[nn.Module] = [_down(1, widths[0]), nn.LeakyReLU(0.2)]
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [_down(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(widths[-1], dense, 4, 1, 0, bias=False), nn.LeakyReLU(0.2), nn.Flatten()]
+        self.blocks = nn.Sequential(*layers)
+        self.mean = nn.Linear(dense, latents)
+        self.log_sd = nn.Linear(dense, latents)
+        self.apply(_initialise)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.blocks(image[:, None])
+        return self.mean(features), self.log_sd(features).exp()
+
+
+class Decoder(nn.Module):
+    """Table D2: latents [galaxy, latents] to the mean image [galaxy, 64, 64], within [-1, 1]."""
+
+    def __init__(self, latents: int, channels: int):
+        super().__init__()
+        widths = [channels * factor for factor in (8, 4, 2, 1)]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(latents, widths[0], 4, 1, 0, bias=False)]
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.BatchNorm2d(before), nn.ReLU(), _up(before, after)]
+        layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), _up(widths[-1], 1), nn.Tanh()]
+        self.blocks = nn.Sequential(*layers)
+        self.apply(_initialise)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.blocks(latent[:, :, None, None])[:, 0]
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, with the model and the guide (paper, eqs. 1-4) that Pyro trains."""
+
+    def __init__(self, latents: int, channels: int, dense: int, decoder_sd: float):
+        super().__init__()
+        self.latents = latents
+        self.decoder_sd = decoder_sd
+        self.encoder = Encoder(latents, channels, dense)
+        self.decoder = Decoder(latents, channels)
+
+    def model(self, image: Tensor) -> None:
+        """p(x, z): latents from N(0, I), pixels from N(mu_d(z), sigma_d)."""
+        with pyro.plate("galaxies", len(image)):
+            latent = pyro.sample("latent", dist.Normal(image.new_zeros(self.latents), 1.0).to_event(1))
+            pyro.sample("image", dist.Normal(self.decoder(latent), self.decoder_sd).to_event(2), obs=image)
+
+    def guide(self, image: Tensor) -> None:
+        """e(z | x): a diagonal Gaussian given by the encoder."""
+        with pyro.plate("galaxies", len(image)):
+            pyro.sample("latent", dist.Normal(*self.encoder(image)).to_event(1))
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """mu_d of the encoded means: [galaxy, 64, 64]."""
+        return self.decoder(self.encoder(image)[0])
+
+
+def _down(before: int, after: int) -> nn.Module:
+    return nn.Conv2d(before, after, 4, 2, 1, bias=False)
+
+
+def _up(before: int, after: int) -> nn.Module:
+    return nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
+
+
+def _initialise(layer: nn.Module) -> None:
+    """Weights from N(0, 0.02), the reading of appendix D that trains (all equal to 0.02 would not); biases zero."""
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,112 @@
+"""Stage `summary`: one row a lens, with quantiles of every parameter, diagnostics and flags."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from arviz_stats.base import array_stats
+from astropy.table import Table
+from numpy.typing import NDArray
+
+from lenspipe import artefact
+from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.config import Summary
+from lenspipe.posterior.store import open_groups, read_manifests
+from lenspipe.results import Results
+
+LENS_PARAMETERS = ("theta_E", "gamma", "q", "phi", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2")
+SOURCE_PARAMETERS = ("source_x", "source_y", "source_size", "source_flux")
+PARAMETERS = LENS_PARAMETERS + SOURCE_PARAMETERS
+DIAGNOSED = tuple(
+    name for name in PARAMETERS if name not in ("q", "phi")
+)  # those have an edge or a wrap, e1 and e2 do not
+
+
+def write_summary(settings: Summary, paths: Results) -> None:
+    """Write lenses.csv and lenses.fits: every lens of the catalogue, in its order.
+
+    `status` is ok, flagged or failed, `flags` says why, `reason` what a failed lens failed of.
+    """
+    lenses = read_catalogue(paths.catalogue).set_index("name", drop=False)
+    fitted = {row["name"]: row for group in open_groups(paths.fit) for row in group_rows(group, settings)}
+    reasons = read_manifests(paths.fit).set_index("name")["reason"].to_dict()
+    rows = []
+    for name, lens in lenses.iterrows():
+        row = fitted.get(str(name)) or {"name": name, "status": "failed", "flags": "failed"}
+        known = {key: lens[key] for key in lens.index if key.startswith("true_") or key in ("origin", "snr")}
+        rows.append(row | known | {"reason": reasons.get(str(name), "not fitted")})
+    first = ["name", "status", "flags", "reason", "origin", "snr"]
+    table = pd.DataFrame(rows)
+    table = table[[*first, *(column for column in table.columns if column not in first)]]
+    record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
+    out = paths.summary
+    with artefact.written_whole(out) as csv, artefact.written_whole(out.with_name("provenance.json")) as provenance:
+        table.to_csv(csv, index=False)
+        artefact.write_json(provenance, record)
+    with artefact.written_whole(out.with_suffix(".fits")) as temporary:
+        Table.from_pandas(table.astype({"reason": str, "flags": str})).write(temporary, format="fits")
+
+
+def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
+    """Rows of all lenses of one group of the store."""
+    names = group["name"].to_numpy().tolist()
+    columns: dict[str, NDArray] = {}
+    draws = {name: group[name].to_numpy().astype(float) for name in PARAMETERS}
+    draws["phi"] = unwrapped(draws["phi"])
+    for name, values in draws.items():
+        p16, median, p84 = np.percentile(values, [16, 50, 84], axis=(1, 2))
+        columns |= {f"{name}_median": median, f"{name}_p16": p16, f"{name}_p84": p84}
+        columns[f"{name}_map"] = group[f"{name}_map"].to_numpy()
+    columns |= diagnostics({name: draws[name] for name in DIAGNOSED})
+    columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
+    for name in ("chi2_per_pixel", "pixels", "converged", "seconds"):
+        columns[name] = group[name].to_numpy()
+    rows = []
+    for index, name in enumerate(names):
+        row = {column: values[index].item() for column, values in columns.items()}
+        flags = find_flags(row, group.sizes["chain"] * group.sizes["draw"], settings)
+        rows.append({"name": name, "status": "flagged" if flags else "ok", "flags": " ".join(flags), **row})
+    return rows
+
+
+def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
+    """`r_hat_max`, `ess_bulk_min` and `ess_tail_min` over the given parameters, each [lens, chain, draw]; constant ones pass."""
+    r_hat, bulk, tail = [], [], []
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        for values in draws.values():
+            moving = np.ptp(values, axis=(1, 2)) > 0
+            count = values.shape[1] * values.shape[2]
+            axes = {"chain_axis": -2, "draw_axis": -1}
+            r_hat.append(np.where(moving, array_stats.rhat(values, **axes), 1.0))
+            bulk.append(np.where(moving, array_stats.ess(values, method="bulk", **axes), count))
+            tail.append(np.where(moving, array_stats.ess(values, method="tail", prob=(0.05, 0.95), **axes), count))
+    return {
+        "r_hat_max": np.max(r_hat, axis=0),
+        "ess_bulk_min": np.min(bulk, axis=0),
+        "ess_tail_min": np.min(tail, axis=0),
+    }
+
+
+def find_flags(row: dict[str, float], draws: int, settings: Summary) -> list[str]:
+    """Why a fit should be looked at: names of the thresholds it fails. A quantity that is not a number fails."""
+    scatter = np.sqrt(2 / row["pixels"])
+    tolerance = max(settings.chi2_floor, settings.chi2_tolerance * scatter)
+    passed = {
+        "r_hat": row["r_hat_max"] <= settings.r_hat_max,
+        "ess": row["ess_bulk_min"] >= settings.ess_bulk_min,
+        "divergences": row["divergences"] <= settings.divergence_fraction_max * draws,
+        "chi2_high": row["chi2_per_pixel"] <= 1 + tolerance,
+        "chi2_low": row["chi2_per_pixel"] >= 1 - tolerance,
+        "map_not_converged": bool(row["converged"]),
+    }
+    return [name for name, good in passed.items() if not good]
+
+
+def unwrapped(phi: NDArray) -> NDArray:
+    """Position angles [lens, chain, draw] moved by whole half turns to within pi/2 of the lens's mean direction."""
+    mean = 0.5 * np.angle(np.exp(2j * phi).mean(axis=(1, 2), keepdims=True))
+    return mean + (phi - mean + np.pi / 2) % np.pi - np.pi / 2

@@ -1,0 +1,24 @@
+"""MAP and posterior of every lens of one shard of the catalogue."""
+
+rule fit:
+    input:
+        "results/catalogue/catalogue.zarr/zarr.json",
+        "results/source/source_prior.safetensors",
+        "results/deflection_table/deflection_table.safetensors",
+    output:
+        "results/fit/shard-{shard}.csv",
+        "results/fit/shard-{shard}.zarr/zarr.json",
+    log:
+        "results/logs/fit-{shard}.log",
+    benchmark:
+        "results/benchmarks/fit-{shard}.tsv"
+    conda:
+        environment
+    threads: 8
+    resources:
+        mem_mb=4000,
+        runtime=720,
+    params:
+        settings=sections("lens", "priors", "deflection_table", "fit"),
+    shell:
+        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} --config {params.settings:q} > {log} 2>&1"

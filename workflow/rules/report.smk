@@ -1,0 +1,24 @@
+"""The page of the run."""
+
+rule report:
+    input:
+        "results/galaxies/cuts.csv",
+        "results/source/training.csv",
+        "results/source/source_prior.safetensors",
+        "results/deflection_table/deflection_table.safetensors",
+        "results/summary/lenses.csv",
+    output:
+        "results/report/report.html",
+    log:
+        "results/logs/report.log",
+    benchmark:
+        "results/benchmarks/report.tsv"
+    conda:
+        environment
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        settings=sections("report"),
+    shell:
+        "python -m lenspipe report --config {params.settings:q} > {log} 2>&1"
