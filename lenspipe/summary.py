@@ -14,12 +14,9 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
-from lenspipe.posterior.store import open_groups, read_manifests
+from lenspipe.posterior.store import PARAMETERS, open_groups, read_manifests
 from lenspipe.results import Results
 
-LENS_PARAMETERS = ("theta_E", "gamma", "q", "phi", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2")
-SOURCE_PARAMETERS = ("source_x", "source_y", "source_size", "source_flux")
-PARAMETERS = LENS_PARAMETERS + SOURCE_PARAMETERS
 DIAGNOSED = tuple(
     name for name in PARAMETERS if name not in ("q", "phi")
 )  # those have an edge or a wrap, e1 and e2 do not

@@ -181,7 +181,7 @@ def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
     """Model and source at the MAP, and their posterior mean and spread over draws spread evenly, in image units."""
-    image, source = ("lens", "y", "x"), ("lens", "source_y", "source_x")
+    image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
     unit = model.batch.flux_unit[:, None, None]
     flat = draws.flatten(1, 2)
     chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)

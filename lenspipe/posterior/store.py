@@ -1,6 +1,6 @@
 """Posteriors on disk: one Zarr folder a shard, in it one group for each shape of image.
 
-A group has dimensions (lens, chain, draw) and, where they apply, (latent), (start), (y, x) and (source_y, source_x):
+A group has dimensions (lens, chain, draw) and, where they apply, (latent), (start), (y, x) and (source_row, source_column):
 
 | variables | dimensions |
 |---|---|
@@ -10,7 +10,7 @@ A group has dimensions (lens, chain, draw) and, where they apply, (latent), (sta
 | `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
 | `start_log_density` | lens, start |
 | `model_map, model_mean` (image units) | lens, y, x |
-| `source_map, source_mean, source_sd` (image units) | lens, source_y, source_x |
+| `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import zarr
 
 from lenspipe.errors import InputError
 
+LENS_PARAMETERS = ("theta_E", "gamma", "q", "phi", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2")
+SOURCE_PARAMETERS = ("source_x", "source_y", "source_size", "source_flux")
+PARAMETERS = LENS_PARAMETERS + SOURCE_PARAMETERS
 STATISTICS = ("log_density", "acceptance", "diverging", "energy")
 ARVIZ_NAMES = {"log_density": "lp", "acceptance": "acceptance_rate"}
 
@@ -77,13 +80,13 @@ def posterior(fit: str | Path, name: str) -> xr.DataTree:
 
 
 def _tree(lens: xr.Dataset) -> xr.DataTree:
-    chained = {n: v for n, v in lens.items() if {"chain", "draw"} <= set(v.dims)}
-    chains = {"chain": range(lens.sizes["chain"]), "draw": range(lens.sizes["draw"])}
+    coordinates = {dim: range(lens.sizes[dim]) for dim in ("chain", "draw")}
+    chained = [str(name) for name, variable in lens.items() if {"chain", "draw"} <= set(variable.dims)]
+    others = sorted(set(chained) - {*PARAMETERS, *STATISTICS})
+    parameters = [*(name for name in PARAMETERS if name in chained), *others]
     groups = {
-        "posterior": xr.Dataset({n: v for n, v in chained.items() if n not in STATISTICS}, coords=chains),
-        "sample_stats": xr.Dataset({ARVIZ_NAMES.get(n, n): chained[n] for n in STATISTICS}, coords=chains),
-        "images": lens.drop_vars([*chained]),
+        "posterior": lens[parameters].assign_coords(coordinates),
+        "sample_stats": lens[list(STATISTICS)].assign_coords(coordinates).rename(ARVIZ_NAMES),
+        "images": lens.drop_vars(chained),
     }
-    return xr.DataTree.from_dict(
-        {f"/{n}": g.reset_coords(drop=True) if n != "images" else g for n, g in groups.items()}
-    )
+    return xr.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
