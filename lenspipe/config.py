@@ -117,7 +117,7 @@ GalaxyInput = Annotated[
 
 
 class Galaxies(Section):
-    """Ingestion and filtering of unlensed galaxies (stage `galaxies`); the cuts of Chianese et al. 2019, section 2.2."""
+    """Ingestion and filtering of unlensed galaxies (stage `galaxies`); the cuts of the paper, section 2.2."""
 
     inputs: tuple[GalaxyInput, ...] = Field((SurveyInput(),), min_length=1, description="where the galaxies come from")
     stamp_size: Literal[64] = Field(64, description="side of the images the source model learns [px]")
@@ -304,10 +304,11 @@ class Fit(Section):
 
     shard_size: Count = Field(500, description="lenses in one job")
     batch_size: Count = Field(4, description="lenses fitted together in one batched program")
-    starts: Count = Field(6, description="starting points of the MAP search per lens")
+    starts: Count = Field(24, description="starting points of the MAP search per lens")
+    survivors: Count = Field(4, description="starting points that are followed to the end")
     temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
-        (100.0, 30.0, 10.0, 3.0, 1.0),
-        min_length=1,
+        (50.0, 25.0, 12.0, 6.0, 3.0, 1.5, 1.0),
+        min_length=2,
         description="factors on the noise, from first to last, in the MAP search",
     )
     steps_per_temperature: Count = Field(8, description="Gauss-Newton steps at each temperature")

@@ -28,7 +28,7 @@ def write_deflection_table(settings: Settings, out: Path) -> None:
         lambda nodes: track(list(nodes), description="deflection table"),
     )
     record = artefact.provenance(
-        "deflection_table", {"deflection_table": settings}, bounds=table.bounds, **measure_error(table)
+        "deflection_table", {"deflection_table": settings}, bounds=table.bounds, errors=measure_error(table)
     )
     tensors = {name: getattr(table, name).contiguous() for name in ("q", "gamma", "values", "slopes")}
     with artefact.written_whole(out) as temporary:

@@ -24,7 +24,7 @@ def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
         case "TruncatedNormal":
             low, high = ((bound - prior.mean) / prior.sd for bound in (prior.low, prior.high))
             below, above = (_ndtr(bound) for bound in (low, high))
-            # a draw below the mean is counted from the left, one above from the right, so that neither tail is rounded off
+            # below the mean counted from the left, above it from the right: neither tail is rounded off
             left = ndtri(below + (above - below) * ndtr(w))
             right = -ndtri(_ndtr(-high) + (_ndtr(-low) - _ndtr(-high)) * ndtr(-w))
             inside = torch.where(left < 0, left, right)

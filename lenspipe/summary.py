@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import xarray as xr
-from arviz_stats.base import array_stats
+from arviz_stats.base import array_stats  # type: ignore[attr-defined]
 from astropy.table import Table
 from numpy.typing import NDArray
 
@@ -17,9 +17,7 @@ from lenspipe.config import Summary
 from lenspipe.posterior.store import PARAMETERS, open_groups, read_manifests
 from lenspipe.results import Results
 
-DIAGNOSED = tuple(
-    name for name in PARAMETERS if name not in ("q", "phi")
-)  # those have an edge or a wrap, e1 and e2 do not
+DIAGNOSED = tuple(name for name in PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
 
 
 def write_summary(settings: Summary, paths: Results) -> None:
@@ -70,7 +68,7 @@ def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
 
 
 def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
-    """`r_hat_max`, `ess_bulk_min` and `ess_tail_min` over the given parameters, each [lens, chain, draw]; constant ones pass."""
+    """`r_hat_max`, `ess_bulk_min`, `ess_tail_min` [lens] over parameters [lens, chain, draw]; constant ones pass."""
     r_hat, bulk, tail = [], [], []
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, conv2d, pad
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,28 @@ class LensBatch:
         """The lenses at `rows` [n]; rows may repeat."""
         tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "names"}
         return LensBatch(tuple(self.names[row] for row in rows.tolist()), **tensors)
+
+    def coarse(self) -> LensBatch:
+        """The same lenses on pixels twice as wide, for a first look; sides must be even.
+
+        A wide pixel holds the mean of its four, and is usable where all four are. Its noise is that of independent
+        pixels. The PSF is that of light spread evenly over a wide pixel.
+        """
+        ky, kx = self.psf.shape[-2:]
+        psf = pad(self.psf, (2 - kx // 2 % 2, 3, 2 - ky // 2 % 2, 3))[:, None]  # centre on an even pixel
+        triangle = torch.tensor([0.5, 1.0, 0.5], dtype=psf.dtype)
+        spread = conv2d(psf, torch.outer(triangle, triangle)[None, None], padding=1)[:, 0, ::2, ::2]
+        centre = [(k // 2 + 2 - k // 2 % 2) // 2 for k in (ky, kx)]
+        reach = [max(c, n - 1 - c) for c, n in zip(centre, spread.shape[1:], strict=True)]
+        around = [(r - c, r - (n - 1 - c)) for r, c, n in zip(reach, centre, spread.shape[1:], strict=True)]
+        return replace(
+            self,
+            image=avg_pool2d(self.image, 2),
+            noise=avg_pool2d(self.noise.square(), 2).sqrt() / 2,
+            usable=avg_pool2d(self.usable.float(), 2) == 1,
+            psf=pad(spread, (*around[1], *around[0])),
+            pixel_scale=2 * self.pixel_scale,
+        )
 
     def to(self, dtype: torch.dtype) -> LensBatch:
         """The same lenses with their real numbers in another precision."""

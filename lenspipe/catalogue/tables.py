@@ -63,12 +63,14 @@ def _entries(settings: Catalogue, mocks: Path | None) -> Iterator[Entry]:
 def _table_entries(path: Path, origin: str) -> Iterator[Entry]:
     for row in _read_table(path).to_dict("records"):
         filled = {key: value for key, value in row.items() if value == value and value != ""}
+        image, noise, psf = (expand_path(str(filled.get(kind, "")), path.parent) for kind in ("image", "noise", "psf"))
         mask = filled.get("mask")
-        paths = [expand_path(str(filled.get(kind, "")), path.parent) for kind in ("image", "noise", "psf")]
         yield Entry(
             str(filled["name"]),
             float(filled["pixel_scale"]),
-            *paths,
+            image,
+            noise,
+            psf,
             mask=expand_path(str(mask), path.parent) if mask else None,
             flux_unit=float(filled["flux_unit"]) if "flux_unit" in filled else None,
             origin=origin,
@@ -77,9 +79,9 @@ def _table_entries(path: Path, origin: str) -> Iterator[Entry]:
 
 
 def _config_entry(lens: ObservedLens) -> Entry:
-    paths = [expand_path(text) for text in (lens.image, lens.noise, lens.psf)]
+    image, noise, psf = (expand_path(text) for text in (lens.image, lens.noise, lens.psf))
     mask = expand_path(lens.mask) if lens.mask else None
-    return Entry(lens.name, lens.pixel_scale, *paths, mask, lens.flux_unit, "config", lens.truth)
+    return Entry(lens.name, lens.pixel_scale, image, noise, psf, mask, lens.flux_unit, "config", lens.truth)
 
 
 def _read_table(path: Path) -> pd.DataFrame:

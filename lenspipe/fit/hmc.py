@@ -111,8 +111,8 @@ def sample(
             w = unwhitened(u).unflatten(0, (lenses, chains))
             kept.append((w, value, acceptance, error > DIVERGENT, energy))
         tick()
-    stacked = [torch.stack(column, dim=2) for column in zip(*kept, strict=True)]
-    return Draws(*stacked, step_size=torch.exp(step.averaged))
+    w, log_density, accepted, diverging, energies = (torch.stack(column, dim=2) for column in zip(*kept, strict=True))
+    return Draws(w, log_density, accepted, diverging, energies, torch.exp(step.averaged))
 
 
 def leapfrog(

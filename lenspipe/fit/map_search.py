@@ -18,7 +18,7 @@ class MapFit:
     """The best point of every lens and what the search saw.
 
     w: [lens, size]; log_density: [lens]; hessian: [lens, size, size], Gauss-Newton, of minus the log posterior at w;
-    start_log_density: [lens, start], where every start ended after the tempered search; converged: [lens].
+    start_log_density: [lens, survivor], where the surviving starts ended; converged: [lens].
     """
 
     w: Tensor
@@ -31,16 +31,29 @@ class MapFit:
 def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
     """Search from `settings.starts` points drawn from the prior of the named parameters, with the mean source.
 
+    Every start climbs down the ladder of temperatures, but starts join it at different rungs: from a high temperature all
+    of them would follow the same path. Temperatures above 1 see pixels twice as wide. Before the last rung, temperature 1
+    and all pixels, only the best `settings.survivors` starts of a lens are kept.
+
     generators: one a lens, so that a lens's starts do not depend on its neighbours in the batch.
     """
     lenses, starts = len(model.batch), settings.starts
-    wide = model.take(torch.arange(lenses).repeat_interleave(starts))
-    w = torch.cat([start_points(model, starts, generator) for generator in generators])
-    for temperature in settings.temperatures:
-        w, _, _ = climb(wide, w, temperature, settings.steps_per_temperature)
-    reached = -0.5 * (wide.normal_equations(w)[0] + w.double().square().sum(-1))
-    reached = torch.nan_to_num(reached, nan=-torch.inf).unflatten(0, (lenses, starts))
-    best = w.unflatten(0, (lenses, starts))[torch.arange(lenses), reached.argmax(1)]
+    ladder = settings.temperatures[:-1]
+    w = torch.stack([start_points(model, starts, generator) for generator in generators])
+    value = torch.zeros(lenses, starts, dtype=torch.float64)
+    coarse = model.coarse()
+    for rung, temperature in enumerate(ladder):
+        joined = torch.arange(starts) % len(ladder) <= rung
+        wide = coarse.take(torch.arange(lenses).repeat_interleave(int(joined.sum())))
+        climbed, reached, _ = climb(wide, w[:, joined].flatten(0, 1), temperature, settings.steps_per_temperature)
+        w[:, joined], value[:, joined] = climbed.unflatten(0, (lenses, -1)), reached.unflatten(0, (lenses, -1))
+    survivors = min(settings.survivors, starts)
+    kept = value.topk(survivors).indices
+    w = w.gather(1, kept[..., None].expand(-1, -1, model.size))
+    wide = model.take(torch.arange(lenses).repeat_interleave(survivors))
+    climbed, reached, _ = climb(wide, w.flatten(0, 1), 1.0, settings.steps_per_temperature)
+    reached = reached.unflatten(0, (lenses, survivors))
+    best = climbed.unflatten(0, (lenses, survivors))[torch.arange(lenses), reached.argmax(1)]
     best, log_density, gain = climb(model, best, 1.0, settings.final_steps)
     hessian = model.normal_equations(best)[2] + torch.eye(model.size, dtype=torch.float64)
     return MapFit(best, log_density, hessian, reached, gain < CONVERGED)

@@ -41,6 +41,12 @@ class LensModel:
         """The model of the lenses at `rows` [n]; rows may repeat, as for starts and chains."""
         return LensModel(self.batch.take(rows), self.priors, self.source, self.optics)
 
+    def coarse(self) -> LensModel:
+        """The model of the same lenses on pixels twice as wide; itself where a side of the image is odd."""
+        if any(side % 2 for side in self.simulator.shape):
+            return self
+        return LensModel(self.batch.coarse(), self.priors, self.source, self.optics)
+
     def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The unknowns of the named parameters and those of the source."""
         n = len(self.priors.free)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -96,7 +97,7 @@ def _run(tasks: list[Task], workers: int) -> Iterator[Result]:
         LocalCluster(n_workers=min(workers, len(tasks)), threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        futures = {f: task for f, task in zip(client.map(fit_task, tasks, pure=False, retries=1), tasks, strict=True)}
+        futures = dict(zip(client.map(fit_task, tasks, pure=False, retries=1), tasks, strict=True))
         for future in as_completed(futures):
             if future.status == "error":
                 task = futures[future]
@@ -150,7 +151,7 @@ def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.G
 
 @torch.no_grad()
 def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr.Dataset:
-    lenses, chains, number, size = draws.w.shape
+    lenses, chains, number = draws.w.shape[:3]
     chain_draw = ("lens", "chain", "draw")
     flat = draws.w.flatten(0, 2)
     data: dict[str, tuple[object, np.ndarray]] = {"name": ("lens", np.array(model.batch.names, dtype=object))}
@@ -196,7 +197,7 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     }
 
 
-def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[str, object]) -> None:
+def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[str, Any]) -> None:
     zarr.open_group(store, mode="w").attrs[artefact.KEY] = record
     for bucket, datasets in fitted.items():
         if datasets:

@@ -9,8 +9,8 @@ from scipy.ndimage import gaussian_filter
 def signal_to_noise(image: np.ndarray, noise: np.ndarray, usable: np.ndarray, smoothing: float = 4.0) -> float:
     """S/N of the pixels that belong to the galaxy (paper, eqs. 24-25); 0 where no pixel does.
 
-    image, noise, usable: [ny, nx]; the mask is where the image smoothed by `smoothing` [px] (the paper: 4 pixels) is above
-    the noise. For a noise map that varies the sum is over I / sigma, which is eq. 24 where the noise is constant.
+    image, noise, usable: [ny, nx]; the mask is where the image smoothed by `smoothing` [px] (the paper: 4 pixels) is
+    above the noise. For a noise map that varies the sum is over I / sigma, which is eq. 24 where the noise is constant.
     """
     member = usable & (gaussian_filter(np.where(usable, image, 0.0), smoothing) > noise)
     return float((image[member] / noise[member]).sum() / np.sqrt(max(member.sum(), 1)))

@@ -42,7 +42,10 @@ class Optics:
 
 
 class Simulator:
-    """The forward model of a batch of images of one shape: psf [lens, ky, kx], pixel_scale [lens] ["], shape (ny, nx)."""
+    """The forward model of a batch of images of one shape (ny, nx).
+
+    psf: [lens, ky, kx], sum 1; pixel_scale: [lens] ["].
+    """
 
     def __init__(self, optics: Optics, psf: Tensor, pixel_scale: Tensor, shape: tuple[int, int]):
         self.optics = optics
@@ -65,10 +68,11 @@ class Simulator:
             )
         main = rotate(theta_E * unit[0], theta_E * unit[1], -column["phi"])
         shear = shear_deflection(x, y, column["gamma1"], column["gamma2"])
-        return tuple((m + s).unflatten(1, self.x.shape[1:]) for m, s in zip(main, shear, strict=True))  # type: ignore[return-value]
+        shape = self.x.shape[1:]
+        return (main[0] + shear[0]).unflatten(1, shape), (main[1] + shear[1]).unflatten(1, shape)
 
     def source_points(self, p: Parameters) -> tuple[Tensor, Tensor]:
-        """Where the rays meet the source image, in units of its full width (paper, eqs. 6, 17): two [lens, ny s, nx s]."""
+        """Where the rays meet the source image, in units of its width (paper, eqs. 6, 17): two [lens, ny s, nx s]."""
         alpha_x, alpha_y = self.deflection(p)
         size = p["source_size"][:, None, None]
         u = (self.x - alpha_x - p["source_x"][:, None, None]) / size
@@ -86,7 +90,7 @@ class Simulator:
         return self.observe(sample(source, *points, self.optics.interpolation))
 
     def image(self, p: Parameters, source: Tensor) -> Tensor:
-        """The image [lens, ny, nx] of a source [lens, n, n] of peak 1 times `source_flux`; p: [lens] each, canonical."""
+        """Images [lens, ny, nx] of sources [lens, n, n] of peak 1, times `source_flux`; p: [lens] each, canonical."""
         return (p["source_flux"][:, None, None, None] * self.render(self.source_points(p), source[:, None]))[:, 0]
 
     def brightness_gradient(self, points: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ def convergence(x: Tensor, y: Tensor, theta_E: Tensor, gamma: Tensor, q: Tensor)
 
 
 def series_terms(q_min: float, tolerance: float = 1e-10) -> int:
-    """Number of terms of the series that keeps its truncation error below `tolerance`: f^N / (1 - f), f = (1-q)/(1+q)."""
+    """Number of terms that keeps the error of the series below `tolerance`: f^N / (1 - f) with f = (1-q)/(1+q)."""
     f = (1 - q_min) / (1 + q_min)
     if f <= 0:
         return 2

@@ -1,6 +1,6 @@
 """Posteriors on disk: one Zarr folder a shard, in it one group for each shape of image.
 
-A group has dimensions (lens, chain, draw) and, where they apply, (latent), (start), (y, x) and (source_row, source_column):
+A group has dimensions lens, chain, draw and, where they apply, latent, start, y, x, source_row, source_column:
 
 | variables | dimensions |
 |---|---|

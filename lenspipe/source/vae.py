@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pyro
 from pyro import distributions as dist
 from torch import Tensor, nn
@@ -10,13 +12,13 @@ IMAGE_SIZE = 64
 
 
 class Encoder(nn.Module):
-    """Table D1: images [galaxy, 64, 64] to the mean and the standard deviation of the latents, each [galaxy, latents]."""
+    """Table D1: images [galaxy, 64, 64] to mean and standard deviation of the latents, each [galaxy, latents]."""
 
     def __init__(self, latents: int, channels: int, dense: int):
         super().__init__()
         widths = [channels * factor for factor in (1, 2, 4, 8)]
         layers: list[nn.Module] = [_down(1, widths[0]), nn.LeakyReLU(0.2)]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [_down(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         layers += [nn.Conv2d(widths[-1], dense, 4, 1, 0, bias=False), nn.LeakyReLU(0.2), nn.Flatten()]
         self.blocks = nn.Sequential(*layers)
@@ -36,7 +38,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [channels * factor for factor in (8, 4, 2, 1)]
         layers: list[nn.Module] = [nn.ConvTranspose2d(latents, widths[0], 4, 1, 0, bias=False)]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.BatchNorm2d(before), nn.ReLU(), _up(before, after)]
         layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), _up(widths[-1], 1), nn.Tanh()]
         self.blocks = nn.Sequential(*layers)

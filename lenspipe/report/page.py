@@ -1,0 +1,510 @@
+"""Stage `report`: one self-contained HTML page with the figures, tables and provenance of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import arviz_stats
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+import yaml
+from astropy.io import fits
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from rich.progress import track
+
+from lenspipe import artefact
+from lenspipe.catalogue.stage import read_batch, read_catalogue
+from lenspipe.config import Report
+from lenspipe.errors import InputError
+from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.galaxies.ingest import SPLITS
+from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, posterior
+from lenspipe.report import figures
+from lenspipe.results import Results
+from lenspipe.source.prior import read_source_prior
+from lenspipe.summary import unwrapped
+
+SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`
+STATES = ("failed", "flagged", "ok")
+TRACED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 say the same without a wrap
+CORNER = ("theta_E", "gamma", "phi")
+STRIP = 16  # galaxies in a strip
+OPEN = 3  # lenses shown unfolded
+CUTS = {
+    "read": "read from the catalogue",
+    "excluded_by_hand": "excluded by hand",
+    "sersic_fit_failed": "Sérsic fit failed",
+    "sersic_unphysical": "Sérsic fit unphysical",
+    "stamp_too_small": "stamp too small",
+    "bad_pixels": "bad pixels",
+    "signal_to_noise_low": "signal-to-noise too low",
+    "signal_to_noise_high": "signal-to-noise too high",
+}
+HEADS = {
+    "eti89_lb": "89 % from",
+    "eti89_ub": "to",
+    "ess_bulk": "ESS bulk",
+    "ess_tail": "ESS tail",
+    "r_hat": "R-hat",
+    "mcse_mean": "MCSE mean",
+    "mcse_sd": "MCSE sd",
+}
+FLAGS = {
+    "r_hat": "R-hat of a lens parameter above summary.r_hat_max",
+    "ess": "bulk effective sample size of a lens parameter below summary.ess_bulk_min",
+    "divergences": "more divergent draws than summary.divergence_fraction_max allows",
+    "chi2_high": "chi² per pixel above 1 by more than summary.chi2_tolerance allows",
+    "chi2_low": "chi² per pixel below 1 by more than summary.chi2_tolerance allows",
+    "map_not_converged": "the MAP search stopped before it converged",
+    "failed": "no posterior; the reason is given",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heads and cells of an HTML table, as text."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_report(settings: Report, paths: Results) -> None:
+    """Write the page of the run to `paths.report`. Raises InputError where an earlier stage has not run."""
+    lenses = read_summary(paths.summary)
+    page = {
+        "title": settings.title,
+        "galaxies": galaxies_section(paths),
+        "source": source_section(settings, paths),
+        "deflection": deflection_section(paths.deflection_table),
+        "results": results_section(lenses),
+        "failed": lenses[lenses["status"] == "failed"].head(settings.lenses).to_dict("records"),
+        "drawn": list(lens_sections(lenses, settings.lenses, paths)),
+        "run": run_section(paths),
+    }
+    inputs = [paths.summary, paths.catalogue, paths.fit, paths.galaxies, paths.source_prior, paths.deflection_table]
+    record = artefact.provenance(
+        "report", {"report": settings}, [path for path in inputs if path.exists()], lenses=len(lenses)
+    )
+    with artefact.written_whole(paths.report) as temporary:
+        temporary.write_text(render(page, record), encoding="utf-8")
+
+
+def render(page: dict[str, Any], record: dict[str, Any]) -> str:
+    """The page as HTML, with the record embedded; every text in `page` is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = resources.files("lenspipe.report").joinpath("template.html").read_text(encoding="utf-8")
+    embedded = Markup(json.dumps(record).replace("<", "\\u003c"))
+    return environment.from_string(text).render(page, record=record, embedded=embedded, flag_meanings=FLAGS, open=OPEN)
+
+
+def read_summary(path: Path) -> pd.DataFrame:
+    """The rows of the stage `summary`, with `anchor`, a lens's place in the page. Raises InputError where it is missing."""
+    if not path.is_file():
+        raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
+    table = pd.read_csv(path, dtype={"name": str, "status": str, "flags": str, "reason": str, "origin": str})
+    table = table.fillna({"flags": "", "reason": "", "origin": ""})
+    return table.assign(anchor=[f"lens-{row}" for row in range(len(table))])
+
+
+# --- galaxies and source prior
+
+
+def galaxies_section(paths: Results) -> dict[str, Any]:
+    """Counts of the cuts and splits, and a strip of training galaxies."""
+    cuts = pd.read_csv(paths.galaxies.with_name("cuts.csv"))
+    training = open_galaxies(paths.galaxies, "train")
+    chosen = training.isel(galaxy=evenly(training.sizes["galaxy"], STRIP))
+    counts = split_counts(paths.galaxies)
+    synthetic = sum(counts.get(SURVEY, {}).values())
+    total = sum(sum(row.values()) for row in counts.values())
+    origins = [str(origin) for origin in chosen["input"].to_numpy()]
+    labels = ["synthetic" if origin == SURVEY else "observed" for origin in origins] if len(counts) > 1 else []
+    return {
+        "total": total,
+        "synthetic": synthetic,
+        "cuts": cuts_table(cuts),
+        "splits": Table(
+            ["input", *SPLITS, "all"],
+            [[input_name(o), *(f"{row[s]:,}" for s in SPLITS), f"{sum(row.values()):,}"] for o, row in counts.items()],
+        ),
+        "strip": figures.embedded(figures.galaxy_strip(chosen["image"].to_numpy(), labels)),
+    }
+
+
+def cuts_table(cuts: pd.DataFrame) -> Table:
+    """Removed and left after every cut, two columns an input; cuts are rows, in their order."""
+    inputs = list(dict.fromkeys(cuts["input"]))
+    heads = ["cut"]
+    for origin in inputs:
+        heads += [f"{input_name(origin)}: removed", "left"]
+    rows = []
+    for cut in dict.fromkeys(cuts["cut"]):
+        row = [CUTS.get(cut, cut)]
+        for origin in inputs:
+            found = cuts[(cuts["cut"] == cut) & (cuts["input"] == origin)]
+            removed, left = (int(found[c].iloc[0]) if len(found) else 0 for c in ("removed", "left"))
+            row += ["" if cut == "read" else f"{removed:,}", f"{left:,}"]
+        rows.append(row)
+    return Table(heads, rows)
+
+
+def split_counts(galaxies: Path) -> dict[str, dict[str, int]]:
+    """Galaxies by input and split."""
+    data = xr.open_zarr(galaxies, consolidated=False)[["input", "split"]].load()
+    counts: dict[str, dict[str, int]] = {}
+    for origin, split in zip(data["input"].to_numpy().tolist(), data["split"].to_numpy().tolist(), strict=True):
+        counts.setdefault(str(origin), dict.fromkeys(SPLITS, 0))[str(split)] += 1
+    return counts
+
+
+def input_name(origin: str) -> str:
+    """What an input is called on the page: the synthetic survey is never left unnamed."""
+    return "embedded survey (synthetic)" if origin == SURVEY else origin
+
+
+@torch.no_grad()
+def source_section(settings: Report, paths: Results) -> dict[str, Any]:
+    """The training curve, reconstructions of test galaxies and draws from the source prior."""
+    curve = pd.read_csv(paths.source_prior.with_name("training.csv"))
+    prior = read_source_prior(paths.source_prior)
+    test = open_galaxies(paths.galaxies, "test")
+    images = test.isel(galaxy=evenly(test.sizes["galaxy"], settings.reconstructions))["image"].to_numpy()
+    models = prior.vae.reconstruct(torch.from_numpy(images.astype("float32"))).numpy()
+    draws = prior(torch.randn(STRIP, prior.size, generator=torch.Generator().manual_seed(0))).numpy()
+    columns = (curve[name].to_numpy() for name in ("epoch", "train_elbo", "validation_elbo"))
+    return {
+        "facts": artefact.read_record(paths.source_prior)["facts"],
+        "latents": prior.size,
+        "decoder_sd": prior.vae.decoder_sd,
+        "residual_sd": float(np.std(images - models) / prior.vae.decoder_sd),
+        "curve": figures.embedded(figures.training_curve(*columns)),
+        "reconstructions": figures.embedded(figures.reconstructions(images, models, prior.vae.decoder_sd)),
+        "draws": figures.embedded(figures.galaxy_strip(draws)),
+    }
+
+
+def evenly(size: int, count: int) -> list[int]:
+    """At most `count` of `size` rows, spread evenly."""
+    return sorted({int(row) for row in np.linspace(0, size - 1, min(size, count))})
+
+
+def deflection_section(table: Path) -> Table | None:
+    """Bounds, nodes and measured errors of the deflection table, where there is one."""
+    if not table.is_file():
+        return None
+    record = artefact.read_record(table)
+    facts, settings = record["facts"], record["settings"]["deflection_table"]
+    rows = [
+        [f"range of {symbol}", f"{low:g} to {high:g}"]
+        for symbol, (low, high) in zip(("q", "γ"), (facts["bounds"]["q"], facts["bounds"]["gamma"]), strict=True)
+    ]
+    rows.append(["nodes in η, q, γ", " × ".join(str(settings[f"{name}_nodes"]) for name in ("eta", "q", "gamma"))])
+    rows.append(["greatest error of the deflection [θ_E]", f"{facts['max_error']:.2g}"])
+    rows.append(["greatest error of its derivatives in q and γ, relative", f"{facts['max_gradient_error']:.2g}"])
+    return Table(["", "value"], rows)
+
+
+# --- all lenses
+
+
+def results_section(lenses: pd.DataFrame) -> dict[str, Any]:
+    """The table of results, and how well the truth is recovered where it is known."""
+    known = fitted_with_truth(lenses)
+    return {
+        "counts": {state: int((lenses["status"] == state).sum()) for state in STATES},
+        "mocks": int((lenses["origin"] == "mock").sum()),
+        "rows": [result_row(row) for row in lenses.to_dict("records")],
+        "flags": sorted({flag for flags in lenses["flags"] for flag in flags.split()}),
+        "recovery": figures.embedded(recovery_figure(known)) if len(known) else None,
+        "pulls": pulls_table(known) if len(known) else None,
+    }
+
+
+def result_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The cells of one lens in the table of results."""
+    cells = [within_error(row, name) for name in ("theta_E", "gamma", "q", "phi")]
+    cells += [
+        number(row, "chi2_per_pixel", ".3f"),
+        number(row, "r_hat_max", ".3f"),
+        number(row, "ess_bulk_min", ".0f"),
+        number(row, "divergences", ".0f"),
+        number(row, "snr", ".1f"),
+        number(row, "seconds", ".1f"),
+    ]
+    return {key: row[key] for key in ("name", "anchor", "status", "reason")} | {
+        "flags": row["flags"].split() if row["status"] != "failed" else [],
+        "cells": cells,
+    }
+
+
+def number(row: dict[str, Any], key: str, form: str) -> str:
+    """A number of a row, or a dash where it is absent."""
+    value = row.get(key, math.nan)
+    return f"{value:{form}}" if value is not None and math.isfinite(value) else "–"
+
+
+def within_error(row: dict[str, Any], name: str) -> str:
+    """Median and half the width of the central 68 %, to the digits that the width allows."""
+    low, median, high = (row.get(f"{name}_{key}", math.nan) for key in ("p16", "median", "p84"))
+    if not all(math.isfinite(value) for value in (low, median, high)):
+        return "–"
+    error = (high - low) / 2
+    digits = decimals(error)
+    return f"{median:z.{digits}f} ± {error:.{digits}f}" if error > 0 else f"{median:.4g}"
+
+
+def decimals(error: float) -> int:
+    """Decimals that show two digits of an error."""
+    return int(np.clip(1 - math.floor(math.log10(error)), 0, 6)) if error > 0 and math.isfinite(error) else 3
+
+
+def fitted_with_truth(lenses: pd.DataFrame) -> pd.DataFrame:
+    """Lenses with a posterior whose true theta_E and gamma are known."""
+    needed = ["theta_E_median", "gamma_median", "true_theta_E", "true_gamma"]
+    return lenses.reindex(columns=lenses.columns.union(needed, sort=False)).dropna(subset=needed)
+
+
+def recovery_figure(known: pd.DataFrame) -> figures.Figure:
+    """Recovered against true theta_E and gamma."""
+    names = ("theta_E", "gamma")
+    median = {name: known[f"{name}_median"].to_numpy(float) for name in names}
+    errors = {
+        n: np.clip([median[n] - known[f"{n}_p16"].to_numpy(float), known[f"{n}_p84"].to_numpy(float) - median[n]], 0, None)
+        for n in names
+    }
+    truths = {name: known[f"true_{name}"].to_numpy(float) for name in names}
+    return figures.recovery(truths, median, errors, known["status"].tolist())
+
+
+def pulls_table(known: pd.DataFrame) -> Table:
+    """Mean and scatter of (median - true) / sigma of every lens parameter, over all lenses and over those that are ok."""
+    rows = []
+    groups = {"all": known, "ok": known[known["status"] == "ok"]}
+    for name in LENS_PARAMETERS:
+        if f"true_{name}" not in known:
+            continue
+        row = [name]
+        for lenses in groups.values():
+            pull = pulls(lenses, name)
+            row += [f"{len(pull)}", *pull_cells(pull)]
+        rows.append(row)
+    heads = [head for label in groups for head in (f"{label} lenses", "mean pull", "rms", "within 1 σ")]
+    return Table(["parameter", *heads], rows)
+
+
+def pull_cells(pull: NDArray) -> list[str]:
+    """Mean with its expected error, root mean square, share below 1 in size."""
+    if not len(pull):
+        return ["–", "–", "–"]
+    rms = np.sqrt(np.mean(pull**2))
+    return [f"{pull.mean():+.2f} ± {1 / np.sqrt(len(pull)):.2f}", f"{rms:.2f}", f"{np.mean(np.abs(pull) < 1):.0%}"]
+
+
+def pulls(lenses: pd.DataFrame, name: str) -> NDArray:
+    """(median - true) / sigma of the lenses whose truth is known, sigma half the width of the central 68 %."""
+    sigma = (lenses[f"{name}_p84"] - lenses[f"{name}_p16"]).to_numpy(float) / 2
+    truth, median = lenses[f"true_{name}"].to_numpy(float), lenses[f"{name}_median"].to_numpy(float)
+    truth = near(truth, median) if name == "phi" else truth
+    good = np.isfinite(truth) & (sigma > 0)
+    return (median - truth)[good] / sigma[good]
+
+
+def near(truth: Any, median: Any) -> Any:
+    """Position angles `truth` moved by whole half turns to within a quarter turn of `median` [rad]."""
+    return truth + np.pi * np.round((median - truth) / np.pi)
+
+
+# --- one lens
+
+
+def lens_sections(lenses: pd.DataFrame, limit: int, paths: Results) -> Iterable[dict[str, Any]]:
+    """The drawn lenses, flagged ones first, then in the catalogue's order; one at a time in memory."""
+    rows = [row for state in STATES[1:] for row in lenses[lenses["status"] == state].to_dict("records")][:limit]
+    if not rows:
+        return
+    catalogue = read_catalogue(paths.catalogue).set_index("name")
+    for row in track(rows, description="report"):
+        yield lens_section(row, catalogue.loc[row["name"]], paths)
+
+
+def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[str, Any]:
+    """Figures and tables of one lens."""
+    name = str(row["name"])
+    tree = posterior(paths.fit, name)
+    draws = tree["posterior"].to_dataset()
+    draws["phi"] = (("chain", "draw"), unwrapped(draws["phi"].to_numpy()[None].astype(float))[0])
+    images = tree["images"]
+    truths = known_truths(row)
+    panels = {
+        "images": image_figure(images, entry, name, paths.catalogue),
+        "source": source_figure(images, row, paths.mocks / name / "source.fits"),
+        "corner": figures.corner_plot(
+            {n: draws[n].to_numpy() for n in CORNER}, {n: truths[n] for n in CORNER if n in truths}
+        ),
+        "chains": figures.chains_plot({n: draws[n].to_numpy() for n in TRACED if n in draws}),
+    }
+    return {
+        **{key: row[key] for key in ("name", "anchor", "status", "origin")},
+        "flags": row["flags"].split(),
+        "line": {name: within_error(row, name) for name in ("theta_E", "gamma")}
+        | {"chi2": number(row, "chi2_per_pixel", ".2f"), "snr": number(row, "snr", ".0f")},
+        "figures": {key: figures.embedded(figure) for key, figure in panels.items() if figure is not None},
+        "summary": posterior_table(draws, row, truths),
+        "starts": starts_table(images["start_log_density"].to_numpy()),
+        "diagnostics": diagnostics_table(row, tree["sample_stats"].to_dataset(), images),
+    }
+
+
+def diagnostics_table(row: dict[str, Any], statistics: Any, images: Any) -> Table:
+    """How the chains of one lens went."""
+    rows = [
+        ["χ² per pixel at the MAP", number(row, "chi2_per_pixel", ".3f")],
+        ["usable pixels", f"{int(images['pixels']):,}"],
+        ["R-hat, greatest", number(row, "r_hat_max", ".3f")],
+        ["ESS bulk, least", number(row, "ess_bulk_min", ".0f")],
+        ["ESS tail, least", number(row, "ess_tail_min", ".0f")],
+        ["draws", " × ".join(str(statistics.sizes[name]) for name in ("chain", "draw"))],
+        ["divergent", number(row, "divergences", ".0f")],
+        ["mean acceptance", f"{float(statistics['acceptance_rate'].mean()):.2f}"],
+        ["seconds, MAP and draws", number(row, "seconds", ".1f")],
+    ]
+    return Table(["diagnostic", "value"], rows)
+
+
+def known_truths(row: dict[str, Any]) -> dict[str, float]:
+    """True parameters of a lens; phi is moved to the half turn of the posterior."""
+    truths = {name: float(row.get(f"true_{name}", math.nan)) for name in PARAMETERS}
+    truths["phi"] = float(near(truths["phi"], row["phi_median"])) if math.isfinite(truths["phi"]) else math.nan
+    return {name: value for name, value in truths.items() if math.isfinite(value)}
+
+
+def image_figure(images: Any, entry: pd.Series, name: str, catalogue: Path) -> figures.Figure:
+    """Observed image, model and residual."""
+    batch = read_batch(catalogue, str(entry["bucket"]), [name], torch.float32)
+    image, noise, usable = (getattr(batch, part)[0].numpy() for part in ("image", "noise", "usable"))
+    return figures.image_plane(image, images["model_mean"].to_numpy(), noise, usable, float(batch.pixel_scale[0]))
+
+
+def source_figure(images: Any, row: dict[str, Any], true_source: Path) -> figures.Figure:
+    """Reconstructed source and its spread; beside them the true source of a mock, else the MAP. Each at its own size."""
+    mean, spread, at_map = (images[f"source_{kind}"].to_numpy() for kind in ("mean", "sd", "map"))
+    extents = {
+        kind: source_extent(*(row[f"source_{name}_{kind}"] for name in ("x", "y", "size"))) for kind in ("median", "map")
+    }
+    if row["origin"] != "mock" or not true_source.is_file():
+        return figures.source_plane(mean, spread, extents["median"], at_map, extents["map"], "source (MAP)")
+    with fits.open(true_source, memmap=False) as file:
+        truth, scale = np.asarray(file[0].data, dtype=float), float(file[0].header["PIXSCALE"])
+    there = source_extent(row["true_source_x"], row["true_source_y"], scale * len(truth))
+    return figures.source_plane(mean, spread, extents["median"], truth, there, "true source (mock)")
+
+
+def source_extent(x: float, y: float, size: float) -> figures.Extent:
+    """Left, right, bottom and top ["] of a source image of full width `size`."""
+    return (x - size / 2, x + size / 2, y - size / 2, y + size / 2)
+
+
+def posterior_table(draws: xr.Dataset, row: dict[str, Any], truths: dict[str, float]) -> Table:
+    """ArviZ's summary of the lens and source parameters, with MAP and truth."""
+    names = [name for name in PARAMETERS if name in draws]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = arviz_stats.summary(xr.DataTree.from_dict({"posterior": draws[names]}), round_to="none")
+    row = row | {"phi_map": near(row["phi_map"], row["phi_median"])}
+    rows = []
+    for name, values in table.iterrows():
+        digits = decimals(float(values["sd"]))
+        cells = [summary_cell(str(column), float(value), digits) for column, value in values.items()]
+        known = [f"{truths[str(name)]:z.{digits}f}" if str(name) in truths else "–"] if truths else []
+        rows.append([str(name), *known, number(row, f"{name}_map", f"z.{digits}f"), *cells])
+    heads = [HEADS.get(str(column), str(column).replace("_", " ")) for column in table.columns]
+    return Table(["parameter", *(["true"] if truths else []), "MAP", *heads], rows)
+
+
+def summary_cell(column: str, value: float, digits: int) -> str:
+    """One number of ArviZ's summary to its digits."""
+    if not math.isfinite(value):
+        return "–"
+    if column.startswith("ess"):
+        return f"{value:.0f}"
+    if column == "r_hat":
+        return f"{value:.3f}"
+    return f"{value:z.{digits + column.startswith('mcse')}f}"
+
+
+def starts_table(reached: NDArray) -> Table:
+    """Log posterior that each start of the MAP search reached, best first."""
+    order = np.argsort(-np.where(np.isfinite(reached), reached, -np.inf), kind="stable")
+    best = reached[order[0]]
+    rows = [[str(start + 1), f"{reached[start]:.1f}", f"{best - reached[start]:.1f}"] for start in order]
+    return Table(["start", "log posterior", "below the best"], rows)
+
+
+# --- the run
+
+
+def run_section(paths: Results) -> dict[str, Any]:
+    """Time and memory of the stages, and the record of each."""
+    shards = sorted(paths.fit.glob("shard-*.zarr"))
+    places = {
+        "survey": paths.survey,
+        "galaxies": paths.galaxies,
+        "source": paths.source_prior,
+        "deflection_table": paths.deflection_table,
+        "mocks": paths.mocks,
+        "catalogue": paths.catalogue,
+        **({"fit": shards[0]} if shards else {}),
+        "summary": paths.summary,
+    }
+    records = {stage: record for stage, place in places.items() if (record := record_of(place)) is not None}
+    stages = [[s, str(r["commit"] or "–")[:19], "–" if r["seed"] is None else str(r["seed"])] for s, r in records.items()]
+    dumped = {
+        stage: yaml.safe_dump(record["settings"], sort_keys=False, allow_unicode=True)
+        for stage, record in records.items()
+    }
+    return {
+        "benchmarks": benchmark_table(paths.root / "benchmarks", list(places)),
+        "records": Table(["stage", "commit", "seed"], stages),
+        "settings": dumped,
+    }
+
+
+def record_of(place: Path) -> dict[str, Any] | None:
+    """The record of an artefact, None where there is none."""
+    try:
+        return artefact.read_record(place)
+    except InputError:
+        return None
+
+
+def benchmark_table(folder: Path, stages: Sequence[str]) -> Table | None:
+    """Wall time and peak memory of every stage from Snakemake's benchmark files; None where there are none."""
+    files: dict[str, list[pd.Series]] = {}
+    for path in sorted(folder.glob("*.tsv")):
+        table = pd.read_csv(path, sep="\t", na_values=["-", "NA"])
+        if len(table):
+            files.setdefault(path.stem.split("-")[0], []).append(table.iloc[-1])
+    rows = [benchmark_row(stage, files[stage]) for stage in stages if stage in files]
+    heads = ["stage", "jobs", "wall time, all jobs [s]", "longest job [s]", "peak memory [MB]", "processor time [s]"]
+    return Table(heads, rows) if rows else None
+
+
+def benchmark_row(stage: str, jobs: list[pd.Series]) -> list[str]:
+    """Time and memory over the jobs of one stage."""
+    measured = {
+        key: pd.to_numeric(pd.Series([job.get(key) for job in jobs]), errors="coerce").dropna()
+        for key in ("s", "max_rss", "cpu_time")
+    }
+    values = (measured["s"].sum(), measured["s"].max(), measured["max_rss"].max(), measured["cpu_time"].sum())
+    return [stage, str(len(jobs)), *(f"{value:.1f}" if math.isfinite(value) else "–" for value in values)]
