@@ -252,15 +252,15 @@ class NoiseLevel(Section):
 class Mocks(Section):
     """Mock lenses (stage `mocks`); paper, section 5.1. Every system is written once per noise level."""
 
-    systems: int = Field(4, ge=0, description="number of lens systems")
+    systems: int = Field(3, ge=0, description="number of lens systems")
     noise_levels: tuple[NoiseLevel, ...] = Field(
         (NoiseLevel(name="low", sd=0.333), NoiseLevel(name="medium", sd=0.1), NoiseLevel(name="high", sd=0.0333)),
         min_length=1,
         description="noise levels, named by the signal-to-noise they give",
     )
-    image_size: int = Field(80, ge=16, le=1024, description="side of the image [px] (paper: 256)")
-    pixel_scale: Positive = Field(0.08, description='pixel scale ["] (paper: 10/256)')
-    psf_sd: Positive = Field(0.08, description='standard deviation of the Gaussian PSF ["] (paper: 0.05)')
+    image_size: int = Field(64, ge=16, le=1024, description="side of the image [px] (paper: 256)")
+    pixel_scale: Positive = Field(0.1, description='pixel scale ["] (paper: 10/256)')
+    psf_sd: Positive = Field(0.1, description='standard deviation of the Gaussian PSF ["] (paper: 0.05)')
     source: Literal["galaxies", "prior"] = Field(
         "galaxies", description="denoised galaxies of the test set, or draws from the source prior"
     )
@@ -303,8 +303,8 @@ class Fit(Section):
     """MAP and Hamiltonian Monte Carlo for every lens (stage `fit`)."""
 
     shard_size: Count = Field(500, description="lenses in one job")
-    batch_size: Count = Field(4, description="lenses fitted together in one batched program")
-    starts: Count = Field(24, description="starting points of the MAP search per lens")
+    batch_size: Count = Field(5, description="lenses fitted together in one batched program")
+    starts: Count = Field(18, description="starting points of the MAP search per lens")
     survivors: Count = Field(4, description="starting points that are followed to the end")
     temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
         (50.0, 25.0, 12.0, 6.0, 3.0, 1.5, 1.0),
@@ -314,11 +314,11 @@ class Fit(Section):
     steps_per_temperature: Count = Field(8, description="Gauss-Newton steps at each temperature")
     final_steps: Count = Field(30, description="greatest number of Gauss-Newton steps at temperature 1")
     chains: int = Field(4, ge=2, description="Markov chains per lens")
-    warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
-    draws: int = Field(300, ge=20, description="draws kept per chain")
+    warmup: int = Field(150, ge=20, description="draws per chain that tune the step size and are thrown away")
+    draws: int = Field(250, ge=20, description="draws kept per chain")
     target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
     path_length: Positive = Field(1.5, description="mean trajectory length in whitened coordinates")
-    max_leapfrog_steps: int = Field(16, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
+    max_leapfrog_steps: int = Field(12, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
 
     @model_validator(mode="after")
     def _ends_cold(self) -> Fit:

@@ -1,7 +1,8 @@
 """Hamiltonian Monte Carlo for many lenses at once, each with its own metric, step size and random numbers.
 
-Coordinates are whitened by the Gauss-Newton Hessian at the maximum: w = w_map + L^-T u with H = L L^T. The step size of
-a lens is tuned by dual averaging over its chains (Hoffman & Gelman 2014, algorithm 5); a trajectory's length is drawn
+Coordinates are whitened by the Gauss-Newton Hessian H: w = w_map + L^-T u with H = L L^T, at first the one at the maximum,
+then, three times during the warm-up, its mean over where the chains are: the curvature that a trajectory meets is that of
+the whole posterior, not of its top. The step size of a lens is tuned by dual averaging over its chains (Hoffman & Gelman 2014, algorithm 5); a trajectory's length is drawn
 anew for every draw, the same for all chains of a lens.
 """
 
@@ -59,45 +60,67 @@ class StepSize:
         self.averaged = fade * self.log_step + (1 - fade) * self.averaged
 
 
+class Metric:
+    """The coordinates of one whitening: u [lens, chain, size] in float64, w [lens * chain, size] as the model has it."""
+
+    def __init__(self, target: Target, center: Tensor, hessian: Tensor, chains: int):
+        self.raw_target, self.center, self.chains = target, center, chains
+        self.root = torch.linalg.cholesky(hessian)  # L
+        self.inverse = torch.linalg.inv(self.root)
+
+    def unwhitened(self, u: Tensor) -> Tensor:
+        """w = center + L^-T u."""
+        w = self.center.double()[:, None] + u @ self.inverse
+        return w.flatten(0, 1).to(self.center.dtype)
+
+    def whitened(self, w: Tensor) -> Tensor:
+        """u = L^T (w - center)."""
+        return (w.double().unflatten(0, (-1, self.chains)) - self.center.double()[:, None]) @ self.root
+
+    def target(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density [lens, chain] and its gradient [lens, chain, size] with respect to u."""
+        value, gradient = self.raw_target(self.unwhitened(u))
+        chained = (-1, self.chains)
+        return value.unflatten(0, chained), gradient.double().unflatten(0, chained) @ self.inverse.transpose(1, 2)
+
+
 def sample(
     target: Target,
     center: Tensor,
     hessian: Tensor,
     settings: Fit,
     generators: list[torch.Generator],
-    tick: Callable[[], None] = lambda: None,
+    curvature: Callable[[Tensor], Tensor] | None = None,
 ) -> Draws:
     """Draw `settings.draws` from every chain after `settings.warmup`.
 
     target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
-    hessian: [lens, size, size], positive definite; generators: one a lens; `tick` is called after every iteration.
+    hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size, size]
+    at w, for the refreshed metric; none keeps `hessian`.
     """
     lenses, size = center.shape
     chains = settings.chains
-    whiten = torch.linalg.inv(torch.linalg.cholesky(hessian)).transpose(1, 2)  # L^-T
-
-    def unwhitened(u: Tensor) -> Tensor:
-        offset = torch.einsum("lij,lcj->lci", whiten, u)
-        return (center.double()[:, None] + offset).flatten(0, 1).to(center.dtype)
-
-    def whitened_target(u: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = target(unwhitened(u))
-        gradient = torch.einsum("lij,lci->lcj", whiten, gradient.double().unflatten(0, (lenses, chains)))
-        return value.unflatten(0, (lenses, chains)), gradient
-
+    metric = Metric(target, center, hessian, chains)
     u = _normal(generators, chains, size)
-    value, gradient = whitened_target(u)
+    value, gradient = metric.target(u)
     step = StepSize.begin(torch.full((lenses,), size**-0.25, dtype=torch.float64), settings.target_accept)
+    refreshes = [settings.warmup * part // 5 for part in (1, 2, 3)] if curvature else []
     kept: list[tuple[Tensor, ...]] = []
     for iteration in range(settings.warmup + settings.draws):
         tuning = iteration < settings.warmup
+        if curvature and iteration in refreshes:
+            w = metric.unwhitened(u)
+            metric = Metric(target, center, curvature(w).unflatten(0, (lenses, chains)).mean(1), chains)
+            u = metric.whitened(w)
+            value, gradient = metric.target(u)
+            step = StepSize.begin(torch.exp(step.averaged), settings.target_accept)
         size_now = torch.exp(step.log_step if tuning else step.averaged)
         length = settings.path_length * 2 * _uniform(generators, 1)[:, 0]
         leaps = torch.ceil(length / size_now).clamp(1, settings.max_leapfrog_steps)
         momentum = _normal(generators, chains, size)
         energy = 0.5 * momentum.square().sum(-1) - value
         moved, new_momentum, new_value, new_gradient = leapfrog(
-            whitened_target, u, momentum, value, gradient, size_now, leaps
+            metric.target, u, momentum, value, gradient, size_now, leaps
         )
         error = torch.nan_to_num(0.5 * new_momentum.square().sum(-1) - new_value - energy, nan=torch.inf)
         acceptance = torch.exp(-error).clamp(max=1.0)
@@ -108,9 +131,8 @@ def sample(
         if tuning:
             step.update(acceptance.mean(1))
         else:
-            w = unwhitened(u).unflatten(0, (lenses, chains))
+            w = metric.unwhitened(u).unflatten(0, (lenses, chains))
             kept.append((w, value, acceptance, error > DIVERGENT, energy))
-        tick()
     w, log_density, accepted, diverging, energies = (torch.stack(column, dim=2) for column in zip(*kept, strict=True))
     return Draws(w, log_density, accepted, diverging, energies, torch.exp(step.averaged))
 

@@ -55,8 +55,7 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     reached = reached.unflatten(0, (lenses, survivors))
     best = climbed.unflatten(0, (lenses, survivors))[torch.arange(lenses), reached.argmax(1)]
     best, log_density, gain = climb(model, best, 1.0, settings.final_steps)
-    hessian = model.normal_equations(best)[2] + torch.eye(model.size, dtype=torch.float64)
-    return MapFit(best, log_density, hessian, reached, gain < CONVERGED)
+    return MapFit(best, log_density, model.hessian(best), reached, gain < CONVERGED)
 
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:

@@ -121,6 +121,10 @@ class LensModel:
         chi2, gradient, hessian = (torch.cat(part) for part in zip(*pieces, strict=True))
         return chi2, gradient, hessian
 
+    def hessian(self, w: Tensor) -> Tensor:
+        """Gauss-Newton Hessian [lens, size, size] of minus the log posterior, float64, positive definite."""
+        return self.normal_equations(w)[2] + torch.eye(self.size, dtype=torch.float64)
+
     def _pieces(self) -> Iterator[Tensor]:
         per_lens = self.data[0].numel() * self.size
         return iter(torch.arange(len(self.batch)).split(max(1, CHUNK_ELEMENTS // per_lens)))

@@ -137,7 +137,12 @@ def fit_lenses(task: Task) -> xr.Dataset:
     seconds_map = (time.perf_counter() - began) / len(task.names)
     chains = model.take(torch.arange(len(task.names)).repeat_interleave(config.fit.chains))
     draws = hmc.sample(
-        chains.value_and_gradient, found.w, found.hessian, config.fit, _generators(config.seed, "hmc", task.names)
+        chains.value_and_gradient,
+        found.w,
+        found.hessian,
+        config.fit,
+        _generators(config.seed, "hmc", task.names),
+        chains.hessian,
     )
     seconds = (time.perf_counter() - began) / len(task.names)
     return _dataset(model, found, draws).assign(

@@ -280,7 +280,9 @@ def recovery_figure(known: pd.DataFrame) -> figures.Figure:
     names = ("theta_E", "gamma")
     median = {name: known[f"{name}_median"].to_numpy(float) for name in names}
     errors = {
-        n: np.clip([median[n] - known[f"{n}_p16"].to_numpy(float), known[f"{n}_p84"].to_numpy(float) - median[n]], 0, None)
+        n: np.clip(
+            [median[n] - known[f"{n}_p16"].to_numpy(float), known[f"{n}_p84"].to_numpy(float) - median[n]], 0, None
+        )
         for n in names
     }
     truths = {name: known[f"true_{name}"].to_numpy(float) for name in names}
@@ -400,7 +402,8 @@ def source_figure(images: Any, row: dict[str, Any], true_source: Path) -> figure
     """Reconstructed source and its spread; beside them the true source of a mock, else the MAP. Each at its own size."""
     mean, spread, at_map = (images[f"source_{kind}"].to_numpy() for kind in ("mean", "sd", "map"))
     extents = {
-        kind: source_extent(*(row[f"source_{name}_{kind}"] for name in ("x", "y", "size"))) for kind in ("median", "map")
+        kind: source_extent(*(row[f"source_{name}_{kind}"] for name in ("x", "y", "size")))
+        for kind in ("median", "map")
     }
     if row["origin"] != "mock" or not true_source.is_file():
         return figures.source_plane(mean, spread, extents["median"], at_map, extents["map"], "source (MAP)")
@@ -468,7 +471,9 @@ def run_section(paths: Results) -> dict[str, Any]:
         "summary": paths.summary,
     }
     records = {stage: record for stage, place in places.items() if (record := record_of(place)) is not None}
-    stages = [[s, str(r["commit"] or "–")[:19], "–" if r["seed"] is None else str(r["seed"])] for s, r in records.items()]
+    stages = [
+        [s, str(r["commit"] or "–")[:19], "–" if r["seed"] is None else str(r["seed"])] for s, r in records.items()
+    ]
     dumped = {
         stage: yaml.safe_dump(record["settings"], sort_keys=False, allow_unicode=True)
         for stage, record in records.items()
