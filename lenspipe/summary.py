@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import xarray as xr
-from arviz_stats.base import array_stats  # type: ignore[attr-defined]
+from arviz_stats.base import array_stats
 from astropy.table import Table
 from numpy.typing import NDArray
 

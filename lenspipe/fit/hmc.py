@@ -1,9 +1,9 @@
 """Hamiltonian Monte Carlo for many lenses at once, each with its own metric, step size and random numbers.
 
-Coordinates are whitened by the Gauss-Newton Hessian H: w = w_map + L^-T u with H = L L^T, at first the one at the maximum,
-then, three times during the warm-up, its mean over where the chains are: the curvature that a trajectory meets is that of
-the whole posterior, not of its top. The step size of a lens is tuned by dual averaging over its chains (Hoffman & Gelman 2014, algorithm 5); a trajectory's length is drawn
-anew for every draw, the same for all chains of a lens.
+Coordinates are whitened by the Gauss-Newton Hessian H: w = w_map + L^-T u with H = L L^T; at first H is the one at the
+maximum, then, three times during the warm-up, the mean over where the chains are: a trajectory meets the curvature of
+the whole posterior, not of its top. The step size of a lens is tuned by dual averaging over its chains (Hoffman &
+Gelman 2014, algorithm 5); a trajectory's length is drawn anew for every draw, the same for all chains of a lens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StepSize:
 
 
 class Metric:
-    """The coordinates of one whitening: u [lens, chain, size] in float64, w [lens * chain, size] as the model has it."""
+    """One whitening: u [lens, chain, size] in float64, w [lens * chain, size] as the model has it."""
 
     def __init__(self, target: Target, center: Tensor, hessian: Tensor, chains: int):
         self.raw_target, self.center, self.chains = target, center, chains
@@ -95,8 +95,8 @@ def sample(
     """Draw `settings.draws` from every chain after `settings.warmup`.
 
     target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
-    hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size, size]
-    at w, for the refreshed metric; none keeps `hessian`.
+    hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
+    size] at w, for the refreshed metric; none keeps `hessian`.
     """
     lenses, size = center.shape
     chains = settings.chains

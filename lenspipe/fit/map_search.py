@@ -31,9 +31,9 @@ class MapFit:
 def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
     """Search from `settings.starts` points drawn from the prior of the named parameters, with the mean source.
 
-    Every start climbs down the ladder of temperatures, but starts join it at different rungs: from a high temperature all
-    of them would follow the same path. Temperatures above 1 see pixels twice as wide. Before the last rung, temperature 1
-    and all pixels, only the best `settings.survivors` starts of a lens are kept.
+    Every start climbs down the ladder of temperatures, but starts join it at different rungs: from a high temperature
+    all of them would follow the same path. Temperatures above 1 see pixels twice as wide. Before the last rung,
+    temperature 1 and all pixels, only the best `settings.survivors` starts of a lens are kept.
 
     generators: one a lens, so that a lens's starts do not depend on its neighbours in the batch.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import corner
 import numpy as np
@@ -38,7 +38,7 @@ SYMBOLS = {
     "gamma1": r"$\gamma_1$",
     "gamma2": r"$\gamma_2$",
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.labelsize": 9,
@@ -181,7 +181,7 @@ def image_plane(image: NDArray, model: NDArray, noise: NDArray, usable: NDArray,
 def source_plane(
     mean: NDArray, spread: NDArray, extent: Extent, other: NDArray, other_extent: Extent, other_title: str
 ) -> Figure:
-    """Posterior mean of the source, another picture of it (the truth or the MAP), and the relative spread, in one frame.
+    """Posterior mean of the source, another picture of it (the truth or the MAP), and the relative spread.
 
     mean, spread, other: [row, column], in image units; extents: left, right, bottom, top ["]. The spread is shown where
     the mean is above 5 % of its peak.
@@ -230,7 +230,7 @@ def union(first: Extent, second: Extent) -> Extent:
 
 
 def corner_plot(draws: Mapping[str, NDArray], truths: Mapping[str, float]) -> Figure | None:
-    """Marginals of the parameters that move, draws [chain, draw] each, with the truth where known; None where none moves.
+    """Marginals of the parameters that move, draws [chain, draw] each, and the truth; None where none moves.
 
     The axes reach to the truth.
     """
@@ -287,7 +287,7 @@ def rank_bins(draws: int) -> int:
 
 
 def _rank_panel(axes: Axes, values: NDArray) -> None:
-    """Ranks of each chain as steps; the grey band holds 95 % of the bins where chains agree and draws are independent."""
+    """Ranks of each chain as steps; the grey band holds 95 % of the bins of independent draws."""
     chains, draws = values.shape
     bins = rank_bins(draws)
     expected = draws / bins

@@ -20,6 +20,7 @@ import yaml
 from astropy.io import fits
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -109,7 +110,7 @@ def render(page: dict[str, Any], record: dict[str, Any]) -> str:
 
 
 def read_summary(path: Path) -> pd.DataFrame:
-    """The rows of the stage `summary`, with `anchor`, a lens's place in the page. Raises InputError where it is missing."""
+    """The rows of the stage `summary`, with `anchor`, a lens's place in the page. Raises InputError where missing."""
     if not path.is_file():
         raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
     table = pd.read_csv(path, dtype={"name": str, "status": str, "flags": str, "reason": str, "origin": str})
@@ -275,7 +276,7 @@ def fitted_with_truth(lenses: pd.DataFrame) -> pd.DataFrame:
     return lenses.reindex(columns=lenses.columns.union(needed, sort=False)).dropna(subset=needed)
 
 
-def recovery_figure(known: pd.DataFrame) -> figures.Figure:
+def recovery_figure(known: pd.DataFrame) -> Figure:
     """Recovered against true theta_E and gamma."""
     names = ("theta_E", "gamma")
     median = {name: known[f"{name}_median"].to_numpy(float) for name in names}
@@ -290,7 +291,7 @@ def recovery_figure(known: pd.DataFrame) -> figures.Figure:
 
 
 def pulls_table(known: pd.DataFrame) -> Table:
-    """Mean and scatter of (median - true) / sigma of every lens parameter, over all lenses and over those that are ok."""
+    """Mean and scatter of (median - true) / sigma of every lens parameter, over all and over ok lenses."""
     rows = []
     groups = {"all": known, "ok": known[known["status"] == "ok"]}
     for name in LENS_PARAMETERS:
@@ -391,15 +392,15 @@ def known_truths(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in truths.items() if math.isfinite(value)}
 
 
-def image_figure(images: Any, entry: pd.Series, name: str, catalogue: Path) -> figures.Figure:
+def image_figure(images: Any, entry: pd.Series, name: str, catalogue: Path) -> Figure:
     """Observed image, model and residual."""
     batch = read_batch(catalogue, str(entry["bucket"]), [name], torch.float32)
     image, noise, usable = (getattr(batch, part)[0].numpy() for part in ("image", "noise", "usable"))
     return figures.image_plane(image, images["model_mean"].to_numpy(), noise, usable, float(batch.pixel_scale[0]))
 
 
-def source_figure(images: Any, row: dict[str, Any], true_source: Path) -> figures.Figure:
-    """Reconstructed source and its spread; beside them the true source of a mock, else the MAP. Each at its own size."""
+def source_figure(images: Any, row: dict[str, Any], true_source: Path) -> Figure:
+    """Reconstructed source and its spread; beside them a mock's true source, else the MAP. Each at its own size."""
     mean, spread, at_map = (images[f"source_{kind}"].to_numpy() for kind in ("mean", "sd", "map"))
     extents = {
         kind: source_extent(*(row[f"source_{name}_{kind}"] for name in ("x", "y", "size")))

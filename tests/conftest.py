@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests: the smallest run of the workflow, and guards of global state."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "workflow/presets/tiny.yaml"
+
+
+@pytest.fixture(autouse=True)
+def untouched_globals() -> Iterator[None]:
+    """No test may leave parameters in Pyro's store or change torch's default precision."""
+    pyro.clear_param_store()
+    yield
+    assert torch.get_default_dtype() == torch.float32
+    assert not list(pyro.get_param_store())
+
+
+def snakemake(directory: Path, *arguments: str, config: Path = TINY) -> subprocess.CompletedProcess[str]:
+    """Run the workflow in `directory` on two cores; nothing is raised for a failure."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
+    command += ["--scheduler", "greedy", "--configfile", str(config), "--directory", str(directory), *arguments]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        command, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny preset; tests must not change it."""
+    directory = tmp_path_factory.mktemp("tiny")
+    done = snakemake(directory)
+    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in directory.glob("results/logs/*"))
+    return directory

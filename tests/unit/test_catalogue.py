@@ -1,0 +1,118 @@
+"""The lens catalogue: a bad lens is a row with its reason, a bad table an error that names the column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from astropy.io import fits
+
+from lenspipe.catalogue.stage import read_batch, read_catalogue, write_catalogue
+from lenspipe.config import Catalogue
+from lenspipe.errors import InputError
+
+HEADER = "name,pixel_scale,image,noise,psf,mask\n"
+
+
+def write(path: Path, image: np.ndarray) -> None:
+    fits.PrimaryHDU(image.astype("float32")).writeto(path, overwrite=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with one good lens."""
+    image = np.zeros((20, 24))
+    image[8:12, 8:12] = 5
+    write(tmp_path / "image.fits", image)
+    write(tmp_path / "noise.fits", np.ones((20, 24)))
+    write(tmp_path / "psf.fits", np.full((5, 5), 3.0))
+    return tmp_path
+
+
+def catalogue_of(folder: Path, row: str) -> tuple[str, str]:
+    (folder / "lenses.csv").write_text(HEADER + f"good,0.05,image.fits,noise.fits,psf.fits,\n{row}\n")
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    table = read_catalogue(out).set_index("name")
+    assert table.loc["good", "status"] == "usable"
+    return table.loc["bad", "status"], table.loc["bad", "reason"]
+
+
+def test_good_lens_is_read_back(folder: Path) -> None:
+    (folder / "lenses.csv").write_text(HEADER + "good,0.05,image.fits,noise.fits,psf.fits,\n")
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    batch = read_batch(out, read_catalogue(out)["bucket"][0], ["good"], torch.float32)
+    assert batch.image.shape == (1, 20, 24)
+    assert batch.psf.sum().item() == pytest.approx(1)
+    assert bool(batch.usable.all())
+
+
+def spoil(folder: Path, what: str) -> str:
+    image = np.ones((20, 24))
+    match what:
+        case "nan":
+            image[3, 4] = np.nan
+            write(folder / "bad.fits", image)
+            return "bad,0.05,bad.fits,noise.fits,psf.fits,"
+        case "size":
+            write(folder / "bad.fits", np.ones((21, 24)))
+            return "bad,0.05,image.fits,bad.fits,psf.fits,"
+        case "zero":
+            image[0, 0] = 0
+            write(folder / "bad.fits", image)
+            return "bad,0.05,image.fits,bad.fits,psf.fits,"
+        case "negative":
+            image[0, 0] = -1
+            write(folder / "bad.fits", image)
+            return "bad,0.05,image.fits,bad.fits,psf.fits,"
+        case "missing":
+            return "bad,0.05,image.fits,noise.fits,absent.fits,"
+        case "truncated":
+            whole = (folder / "image.fits").read_bytes()
+            (folder / "bad.fits").write_bytes(whole[:3000])
+            return "bad,0.05,bad.fits,noise.fits,psf.fits,"
+        case "masked":
+            write(folder / "bad.fits", image)
+            return "bad,0.05,image.fits,noise.fits,psf.fits,bad.fits"
+    raise ValueError(what)
+
+
+@pytest.mark.filterwarnings("ignore:File may have been truncated")
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("nan", "bad.fits: 1 pixels with not a number, the first at x = 4, y = 3"),
+        ("size", "the noise map is 24 x 21 px, the image"),
+        ("zero", "bad.fits: 1 pixels with zero or negative noise"),
+        ("negative", "bad.fits: 1 pixels with zero or negative noise"),
+        ("missing", "absent.fits: no such file"),
+        ("truncated", "bad.fits: not a readable FITS file"),
+        ("masked", "every pixel is masked"),
+    ],
+)
+def test_bad_lens_is_a_row(folder: Path, what: str, reason: str) -> None:
+    status, found = catalogue_of(folder, spoil(folder, what))
+    assert status == "failed"
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,pixel_scale,image,noise\n", r"lenses.csv: missing column\(s\) psf"),
+        (HEADER + "a,zero,i,n,p,\n", "lens a: pixel_scale must be a number"),
+        (HEADER + "a,0.1,i,n,p,\na,0.1,i,n,p,\n", "lens a occurs twice"),
+    ],
+)
+def test_bad_table_stops(folder: Path, text: str, message: str) -> None:
+    (folder / "lenses.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, folder / "out/c.zarr")
+
+
+def test_missing_table(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"absent.csv: no such table"):
+        write_catalogue(Catalogue(mocks=False, tables=(str(folder / "absent.csv"),)), None, folder / "out/c.zarr")

@@ -1,0 +1,90 @@
+"""Settings: the shipped files are good, and bad ones are refused with a message that helps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from lenspipe.config import Config, expand_path, json_schema, load_config
+from lenspipe.errors import ConfigError
+from lenspipe.prior_expression import parse_prior
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = [ROOT / "config.yaml", *sorted((ROOT / "workflow/presets").glob("*.yaml"))]
+
+
+def test_config_yaml_spells_out_the_defaults() -> None:
+    assert load_config(ROOT / "config.yaml") == Config()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_fit_the_schema(path: Path) -> None:
+    schema = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    load_config(path)
+
+
+def test_schema_is_the_generated_one() -> None:
+    assert (ROOT / "workflow/schemas/config.schema.json").read_text() == json_schema()
+
+
+def test_settings_survive_json() -> None:
+    config = load_config(ROOT / "workflow/presets/paper.yaml")
+    assert load_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"galaxies": {"signal_to_noise_mim": 3}},
+            "signal_to_noise_mim: unknown key; did you mean signal_to_noise_min?",
+        ),
+        ({"fit": {"draws": 3}}, r"fit.draws: Input should be greater than or equal to 20 \(found 3\)"),
+        (
+            {"galaxies": {"signal_to_noise_min": 60}},
+            r"signal_to_noise_min \(60\) must be below signal_to_noise_max \(50\)",
+        ),
+        ({"survey": {"magnitude_bright": 25}}, "magnitude_bright .* must be below magnitude_faint"),
+        ({"deflection_table": {"gamma_min": 2.5, "gamma_max": 2.0}}, "gamma_min .* must be below gamma_max"),
+        ({"priors": {"gamma": "Normal(2, 0.5)"}}, "reaches outside the deflection table"),
+        ({"priors": {"gamma": "Gauss(2, 0.5)"}}, "unknown distribution 'Gauss'"),
+        ({"priors": {"gamma1": "Normal(0)"}}, r"has 1 arguments; expected Normal\(mean, sd\)"),
+        ({"priors": {"gamma1": "Uniform(1, 0)"}}, r"low \(1\) must be below high \(0\)"),
+        ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),
+        ({"fit": {"temperatures": [10, 3]}}, "last of temperatures must be 1"),
+        ({"mocks": {"systems": 0}}, "nothing to fit"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(settings)
+
+
+def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("seed: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LENSPIPE_DATA", raising=False)
+    with pytest.raises(ConfigError, match="LENSPIPE_DATA is not set"):
+        expand_path("${LENSPIPE_DATA}/lenses")
+
+
+@pytest.mark.parametrize("text", ["Normal(0, 0.1)", "TruncatedNormal(2, 0.2, 1.3, 2.7)", "LogNormal(2, 0.4)", "1.5"])
+def test_priors_survive_their_text(text: str) -> None:
+    assert str(parse_prior(text)) == text
+    assert parse_prior(str(parse_prior(text))) == parse_prior(text)
+
+
+def test_a_prior_is_never_evaluated() -> None:
+    with pytest.raises(ValueError, match="cannot read the prior"):
+        parse_prior("__import__('os').getcwd()")

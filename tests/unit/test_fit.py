@@ -1,0 +1,188 @@
+"""The fit: its model against Pyro and autograd, its search and its sampler on known targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from lenspipe.catalogue.batch import LensBatch
+from lenspipe.config import Config, Fit
+from lenspipe.fit import hmc, map_search
+from lenspipe.fit.model import LensModel
+from lenspipe.image.psf import gaussian_kernel
+from lenspipe.image.simulator import Optics
+from lenspipe.prior_map import PriorMap
+from lenspipe.source.prior import SourcePrior
+from lenspipe.source.vae import VAE
+
+NOISE = 0.05
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[LensModel, Tensor]:
+    """Three small lenses drawn from the model, in float64, and their true unknowns."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        vae = VAE(latents=3, channels=4, dense=8, decoder_sd=0.02).double()
+    for layer in vae.modules():
+        if isinstance(layer, torch.nn.ConvTranspose2d):
+            layer.weight.data *= 8  # an untrained decoder draws next to nothing
+    source = SourcePrior(vae, torch.zeros(3).double(), 0.5 * torch.eye(3).double())
+    n, lenses = 24, 3
+    usable = torch.ones(lenses, n, n, dtype=torch.bool)
+    usable[1, :4] = False
+    batch = LensBatch(
+        ("a", "b", "c"),
+        torch.zeros(lenses, n, n).double(),
+        torch.full((lenses, n, n), NOISE).double(),
+        usable,
+        torch.from_numpy(gaussian_kernel(1.0)).expand(lenses, -1, -1),
+        torch.full((lenses,), 0.2).double(),
+        torch.tensor([1.0, 1.0, 2.0]).double(),
+    )
+    priors = PriorMap(Config().priors.expressions())
+    blank = LensModel(batch, priors, source, Optics(40))
+    truth = 0.5 * torch.randn(lenses, blank.size, generator=generator, dtype=torch.float64)
+    noise = NOISE * torch.randn(lenses, n, n, generator=generator, dtype=torch.float64)
+    image = blank.image(truth) * batch.flux_unit[:, None, None] + noise
+    return LensModel(replace(batch, image=image), priors, source, Optics(40)), truth
+
+
+def test_log_density_equals_pyros(model: tuple[LensModel, Tensor]) -> None:
+    """Up to a constant of each lens: the difference between two points is the same to rounding."""
+    lens_model, truth = model
+
+    def pyros(w: Tensor) -> Tensor:
+        trace = poutine.trace(poutine.condition(lens_model.pyro_model, {"w": w})).get_trace()
+        trace.compute_log_prob()
+        return trace.nodes["w"]["log_prob"] + trace.nodes["image"]["log_prob"]
+
+    ours = lens_model.log_density(truth) - lens_model.log_density(0.3 * truth)
+    torch.testing.assert_close(ours, pyros(truth) - pyros(0.3 * truth), rtol=1e-10, atol=1e-8)
+    pyro.clear_param_store()
+
+
+def test_jacobian_equals_autograd(model: tuple[LensModel, Tensor]) -> None:
+    lens_model, truth = model
+    residuals, jacobian = lens_model.linearise(truth)
+    full = torch.autograd.functional.jacobian(lambda w: lens_model.residuals(w).flatten(1), truth)
+    for lens in range(3):
+        torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(residuals, lens_model.residuals(truth).flatten(1))
+
+
+def test_gradient_follows_from_the_jacobian(model: tuple[LensModel, Tensor]) -> None:
+    lens_model, truth = model
+    _, gradient = lens_model.value_and_gradient(truth)
+    _, half_d_chi2, _ = lens_model.normal_equations(truth)
+    torch.testing.assert_close(gradient, -half_d_chi2 - truth, rtol=1e-8, atol=1e-8)
+
+
+def test_masked_pixels_do_not_count(model: tuple[LensModel, Tensor]) -> None:
+    lens_model, truth = model
+    image = lens_model.batch.image.clone()
+    image[1, :4] = 1e6
+    changed = LensModel(replace(lens_model.batch, image=image), lens_model.priors, lens_model.source, lens_model.optics)
+    torch.testing.assert_close(changed.log_density(truth), lens_model.log_density(truth))
+
+
+def test_wide_pixels_see_the_same_lens(model: tuple[LensModel, Tensor]) -> None:
+    """Rays, PSF and grid of the coarse model agree: its image is that of the fine one, averaged."""
+    lens_model, truth = model
+    fine = torch.nn.functional.avg_pool2d(lens_model.image(truth), 2)
+    wide = lens_model.coarse().image(truth)
+    assert lens_model.coarse().batch.psf.sum((1, 2)).tolist() == pytest.approx([1, 1, 1])
+    centroid = torch.arange(12, dtype=torch.float64)
+    for axis in (1, 2):
+        along = [(i.sum(axis) @ centroid / i.sum((1, 2))) for i in (fine, wide)]
+        torch.testing.assert_close(along[0], along[1], rtol=0, atol=0.1)
+
+
+def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
+    lens_model, truth = model
+    settings = Fit(starts=6, survivors=2, temperatures=(30.0, 10.0, 3.0, 1.0), steps_per_temperature=6)
+    # the engine draws its starts in float32
+    single = LensModel(lens_model.batch.to(torch.float32), lens_model.priors, lens_model.source.float(), Optics(40))
+    found = map_search.search(single, settings, [torch.Generator().manual_seed(i) for i in range(3)])
+    assert bool((found.log_density > single.log_density(truth.float()) - 1).all())
+    assert bool((torch.linalg.eigvalsh(found.hessian) > 0.99).all())
+    lens_model.source.double()
+
+
+def gaussian_target(precision: Tensor, mean: Tensor) -> hmc.Target:
+    def target(w: Tensor) -> tuple[Tensor, Tensor]:
+        offset = w - mean
+        pull = -(precision @ offset[..., None])[..., 0]
+        return 0.5 * (offset * pull).sum(-1), pull
+
+    return target
+
+
+@pytest.fixture
+def correlated() -> tuple[Tensor, Tensor]:
+    """Precision and mean of a correlated Gaussian in three dimensions."""
+    root = torch.tensor([[2.0, 0, 0], [0.9, 1.0, 0], [-0.4, 0.3, 0.5]], dtype=torch.float64)
+    return root @ root.T, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+
+def test_sampler_draws_a_gaussian_it_was_given_the_wrong_metric_for(correlated: tuple[Tensor, Tensor]) -> None:
+    """Mean and covariance within five standard errors; false alarms below 1e-5."""
+    precision, mean = correlated
+    settings = Fit(chains=8, warmup=300, draws=2000)
+    center = torch.zeros(2, 3, dtype=torch.float64)
+    generators = [torch.Generator().manual_seed(i) for i in (1, 2)]
+    target = gaussian_target(precision, mean)
+    draws = hmc.sample(target, center, 2 * torch.eye(3).double().expand(2, -1, -1), settings, generators)
+    covariance = np.linalg.inv(precision.numpy())
+    for lens in range(2):
+        w = draws.w[lens].flatten(0, 1).numpy()
+        error = 5 * np.sqrt(np.diag(covariance) / 2000)
+        assert np.all(np.abs(w.mean(0) - mean.numpy()) < error)
+        spread = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+        assert np.all(np.abs(np.cov(w.T) - covariance) < 0.15 * spread)
+    assert abs(float(draws.acceptance.mean()) - settings.target_accept) < 0.1
+
+
+def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, Tensor]) -> None:
+    precision, mean = correlated
+    target = gaussian_target(precision, mean)
+    generator = torch.Generator().manual_seed(0)
+    u, momentum = torch.randn(2, 1, 4, 3, generator=generator, dtype=torch.float64)
+    value, gradient = target(u)
+    leaps = torch.tensor([20.0])
+
+    def run(step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return hmc.leapfrog(target, u, momentum, value, gradient, torch.tensor([step]).double(), leaps)
+
+    end, p, end_value, end_gradient = run(0.05)
+    back, minus_p, _, _ = hmc.leapfrog(target, end, -p, end_value, end_gradient, torch.tensor([0.05]).double(), leaps)
+    torch.testing.assert_close(back, u)
+    torch.testing.assert_close(minus_p, -momentum)
+
+    def energy_error(step: float) -> float:
+        _, p, v, _ = run(step)
+        before = 0.5 * momentum.square().sum(-1) - value
+        return float((0.5 * p.square().sum(-1) - v - before).abs().max())
+
+    assert energy_error(0.01) < energy_error(0.05) / 10  # second order
+
+
+def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) -> None:
+    lens_model, truth = model
+    settings = Fit(chains=2, warmup=20, draws=20)
+    hessian = lens_model.hessian(truth)
+
+    def draws(rows: list[int]) -> Tensor:
+        chosen = torch.tensor(rows)
+        target = lens_model.take(chosen.repeat_interleave(2)).value_and_gradient
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return hmc.sample(target, truth[chosen], hessian[chosen], settings, generators).w
+
+    torch.testing.assert_close(draws([1])[0], draws([2, 0, 1])[2], rtol=1e-6, atol=1e-6)
