@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
-from lenspipe.posterior.store import PARAMETERS, open_groups, read_manifests
+from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, open_groups, read_manifests
 from lenspipe.results import Results
 
-DIAGNOSED = tuple(name for name in PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
+DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
 
 
 def write_summary(settings: Summary, paths: Results) -> None:

@@ -96,11 +96,14 @@ def _evaluate(vae: VAE, images: Tensor, batch_size: int) -> float:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Images [galaxy, 64, 64] turned by a random angle, flipped at random, shifted by up to two pixels."""
+    """Images [galaxy, 64, 64] turned by a random angle, flipped at random, shifted by up to half a pixel.
+
+    No more: a decoder that can shift a galaxy competes with the source's position, and chains do not mix.
+    """
     n = len(images)
     angle = 2 * math.pi * torch.rand(n)
     flip = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
-    shift = (2 * torch.rand(n, 2) - 1) * 2 * 2 / images.shape[-1]
+    shift = (2 * torch.rand(n, 2) - 1) / images.shape[-1]
     c, s = torch.cos(angle), torch.sin(angle)
     affine = torch.stack([torch.stack([c * flip, -s, shift[:, 0]], 1), torch.stack([s * flip, c, shift[:, 1]], 1)], 1)
     grid = functional.affine_grid(affine, [n, 1, *images.shape[1:]], align_corners=False)

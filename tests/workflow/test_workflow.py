@@ -1,0 +1,187 @@
+"""The workflow itself, on the tiny preset: its jobs, a whole run, exact reruns, going on after a kill, bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import arviz_stats
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from astropy.table import Table
+
+from lenspipe import artefact
+from lenspipe.posterior import open_posteriors, posterior
+from tests.conftest import ROOT, TINY, snakemake
+
+pytestmark = pytest.mark.workflow
+
+JOBS = Counter(
+    dict(survey=1, galaxies=1, source=1, deflection_table=1, mocks=1, catalogue=1, fit=2, summary=1, report=1, all=1)
+)
+DOWNSTREAM = {
+    "survey": {"survey", "galaxies", "source", "mocks", "catalogue", "fit", "summary", "report"},
+    "source": {"source", "fit", "summary", "report"},
+    "fit": {"fit", "summary", "report"},
+    "summary": {"summary", "report"},
+    "report": {"report"},
+}
+EDITS = {
+    "survey": {"galaxies": 91},
+    "source": {"epochs": 5},
+    "fit": {"draws": 21},
+    "summary": {"r_hat_max": 1.2},
+    "report": {"title": "another"},
+}
+
+
+def jobs(output: str) -> Counter[str]:
+    """Number of jobs by rule, from Snakemake's table of a run."""
+    table = output.split("Job stats:")[-1]
+    return Counter({name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE) if name != "total"})
+
+
+def tiny_with(path: Path, section: str, **values: object) -> Path:
+    config = yaml.safe_load(TINY.read_text())
+    config.setdefault(section, {}).update(values)
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_jobs_of_a_dry_run(tmp_path: Path) -> None:
+    done = snakemake(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert jobs(done.stdout + done.stderr) == JOBS
+
+
+def test_whole_run(tiny_run: Path) -> None:
+    lenses = pd.read_csv(tiny_run / "results/summary/lenses.csv")
+    assert lenses["name"].tolist() == ["mock-0000-low", "mock-0000-high", "mock-0001-low", "mock-0001-high"]
+    assert set(lenses["status"]) <= {"ok", "flagged"}
+    assert np.isfinite(lenses[["theta_E_median", "gamma_p84", "phi_map", "r_hat_max", "chi2_per_pixel"]]).all(axis=None)
+    assert len(Table.read(tiny_run / "results/summary/lenses.fits")) == 4
+    page = (tiny_run / "results/report/report.html").read_text()
+    assert "mock-0001-high" in page
+    assert len(page) > 200_000
+
+
+def test_posterior_is_an_arviz_object(tiny_run: Path) -> None:
+    tree = posterior(tiny_run / "results/fit", "mock-0001-low")
+    table = arviz_stats.summary(tree, var_names=["theta_E", "gamma"])
+    assert list(table.index) == ["theta_E", "gamma"]
+    assert tree["posterior"]["theta_E"].shape == (2, 20)
+    everything = open_posteriors(tiny_run / "results/fit")
+    assert everything.sizes["lens"] == 4
+    values = everything["theta_E"].sel(lens="mock-0001-low").to_numpy()
+    np.testing.assert_array_equal(values, tree["posterior"]["theta_E"].to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [
+        ("survey", "survey"),
+        ("galaxies/galaxies.zarr", "galaxies"),
+        ("source/source_prior.safetensors", "source"),
+        ("deflection_table/deflection_table.safetensors", "deflection_table"),
+        ("mocks/mock-0000-low/image.fits", "mocks"),
+        ("catalogue/catalogue.zarr", "catalogue"),
+        ("fit/shard-0001.zarr", "fit"),
+        ("summary/lenses.fits", "summary"),
+        ("report/report.html", "report"),
+    ],
+)
+def test_every_artefact_says_what_it_is(tiny_run: Path, path: str, stage: str) -> None:
+    record = artefact.read_record(tiny_run / "results" / path)
+    assert record["stage"] == stage
+    assert record["settings"][stage]
+    assert record["versions"]["torch"]
+
+
+def test_second_run_has_nothing_to_do(tiny_run: Path) -> None:
+    done = snakemake(tiny_run)
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("section", DOWNSTREAM)
+def test_an_edited_section_reruns_what_depends_on_it(tiny_run: Path, tmp_path: Path, section: str) -> None:
+    config = tiny_with(tmp_path / "edited.yaml", section, **EDITS[section])
+    done = snakemake(tiny_run, "--dry-run", config=config)
+    assert done.returncode == 0, done.stderr
+    assert set(jobs(done.stdout + done.stderr)) == DOWNSTREAM[section] | {"all"}
+
+
+def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
+    """Killed while the mocks' successors are missing, a run starts again and does only what is left."""
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("fit", "summary", "report"))
+    directory = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        str(ROOT / "Snakefile"),
+        "--cores",
+        "2",
+        "--configfile",
+        str(TINY),
+    ]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [*command, "--directory", str(directory)],
+        env={**os.environ, "PATH": path},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(directory.glob("results/logs/fit-*.log")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (directory / "results/summary/lenses.csv").exists()
+    locked = snakemake(directory)
+    assert locked.returncode != 0
+    assert "locked" in locked.stdout + locked.stderr  # as for a second run in the same folder
+    assert snakemake(directory, "--unlock").returncode == 0
+    done = snakemake(directory, "--rerun-incomplete")
+    assert done.returncode == 0, done.stderr
+    assert set(jobs(done.stdout + done.stderr)) <= {"fit", "summary", "report", "all"}
+    again = pd.read_csv(directory / "results/summary/lenses.csv").drop(columns="seconds")
+    first = pd.read_csv(tiny_run / "results/summary/lenses.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(again, first, rtol=1e-6)
+
+
+def test_bad_config_stops_before_any_job(tmp_path: Path) -> None:
+    config = tiny_with(tmp_path / "bad.yaml", "fit", drawz=3)
+    done = snakemake(tmp_path, config=config)
+    assert done.returncode != 0
+    assert "fit.drawz: unknown key; did you mean draws?" in done.stdout + done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file where the folder should be")
+    command = [
+        sys.executable,
+        "-m",
+        "lenspipe",
+        "survey",
+        "--config",
+        str(TINY),
+        "--results",
+        str(tmp_path / "results"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "cannot write here" in done.stderr
+    assert "Traceback" not in done.stderr
