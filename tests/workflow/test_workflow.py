@@ -137,7 +137,7 @@ def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(
-        [*command, "--directory", str(directory)],
+        [*command, "--configfile", str(TINY), "--directory", str(directory)],
         env={**os.environ, "PATH": path},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
