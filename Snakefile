@@ -4,7 +4,9 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-if not config:  # --configfile FILE replaces the shipped settings; what FILE leaves out has its default
+if (
+    not config
+):  # --configfile FILE replaces the shipped settings; what FILE leaves out has its default
 
     configfile: f"{workflow.basedir}/config.yaml"
 

@@ -114,8 +114,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

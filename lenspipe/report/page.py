@@ -211,8 +211,9 @@ def deflection_section(table: Path) -> Table | None:
         for symbol, (low, high) in zip(("q", "γ"), (facts["bounds"]["q"], facts["bounds"]["gamma"]), strict=True)
     ]
     rows.append(["nodes in η, q, γ", " × ".join(str(settings[f"{name}_nodes"]) for name in ("eta", "q", "gamma"))])
-    rows.append(["greatest error of the deflection [θ_E]", f"{facts['max_error']:.2g}"])
-    rows.append(["greatest error of its derivatives in q and γ, relative", f"{facts['max_gradient_error']:.2g}"])
+    errors = facts["errors"]
+    rows.append(["greatest error of the deflection [θ_E]", f"{errors['max_error']:.2g}"])
+    rows.append(["greatest error of its derivatives in q and γ, relative", f"{errors['max_gradient_error']:.2g}"])
     return Table(["", "value"], rows)
 
 

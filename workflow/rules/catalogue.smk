@@ -1,5 +1,6 @@
 """Mocks and observed lenses in one format, each one checked."""
 
+
 rule catalogue:
     input:
         catalogue_inputs(),

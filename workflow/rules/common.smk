@@ -34,7 +34,11 @@ def galaxy_inputs():
 
 def mock_inputs():
     """What the mocks are made of."""
-    table = ["results/deflection_table/deflection_table.safetensors"] if settings.lens.deflection == "table" else []
+    table = (
+        ["results/deflection_table/deflection_table.safetensors"]
+        if settings.lens.deflection == "table"
+        else []
+    )
     if settings.mocks.source == "prior":
         return ["results/source/source_prior.safetensors", *table]
     return ["results/galaxies/galaxies.zarr/zarr.json", *table]

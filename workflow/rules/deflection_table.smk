@@ -1,5 +1,6 @@
 """Deflections of the elliptical power law on the unit circle."""
 
+
 rule deflection_table:
     output:
         "results/deflection_table/deflection_table.safetensors",

@@ -1,5 +1,6 @@
 """MAP and posterior of every lens of one shard of the catalogue."""
 
+
 rule fit:
     input:
         "results/catalogue/catalogue.zarr/zarr.json",

@@ -1,5 +1,6 @@
 """Galaxies read, cut and split."""
 
+
 rule galaxies:
     input:
         galaxy_inputs(),

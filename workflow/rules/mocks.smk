@@ -1,5 +1,6 @@
 """Mock lenses made from test galaxies."""
 
+
 rule mocks:
     input:
         mock_inputs(),

@@ -1,5 +1,6 @@
 """The page of the run."""
 
+
 rule report:
     input:
         "results/galaxies/cuts.csv",

@@ -1,5 +1,6 @@
 """The autoencoder trained, and the source prior made from it."""
 
+
 rule source:
     input:
         "results/galaxies/galaxies.zarr/zarr.json",

@@ -1,5 +1,6 @@
 """One row a lens, with flags."""
 
+
 rule summary:
     input:
         "results/catalogue/lenses.csv",

@@ -1,5 +1,6 @@
 """The embedded synthetic galaxy survey, in the RealGalaxyCatalog layout."""
 
+
 rule survey:
     output:
         "results/survey/provenance.json",
