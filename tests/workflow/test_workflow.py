@@ -185,3 +185,19 @@ def test_results_that_cannot_be_written(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "cannot write here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_bad_lens_is_a_row_and_the_others_stand(tiny_run: Path, tmp_path: Path) -> None:
+    """A lens without files ends as a failed row and a line of the report; the mocks keep their numbers."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    absent = {"name": "absent", "pixel_scale": 0.2, "image": "<b>no</b>.fits", "noise": "no.fits", "psf": "no.fits"}
+    done = snakemake(tmp_path / "run", config=tiny_with(tmp_path / "config.yaml", "catalogue", lenses=[absent]))
+    assert done.returncode == 0, done.stderr
+    lenses = pd.read_csv(tmp_path / "run/results/summary/lenses.csv").set_index("name")
+    assert lenses.loc["absent", "status"] == "failed"
+    assert "no such file" in lenses.loc["absent", "reason"]
+    first = pd.read_csv(tiny_run / "results/summary/lenses.csv").set_index("name")
+    assert lenses["theta_E_median"].drop("absent").to_dict() == pytest.approx(first["theta_E_median"].to_dict())
+    page = (tmp_path / "run/results/report/report.html").read_text()
+    assert "&lt;b&gt;no&lt;/b&gt;.fits: no such file" in page
+    assert "<b>no</b>" not in page
