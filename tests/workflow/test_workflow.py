@@ -122,7 +122,7 @@ def test_an_edited_section_reruns_what_depends_on_it(tiny_run: Path, tmp_path: P
 
 def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
     """Killed while the mocks' successors are missing, a run starts again and does only what is left."""
-    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("fit", "summary", "report"))
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("fit", "summary", "report", "logs"))
     directory = tmp_path / "run"
     command = [
         sys.executable,
