@@ -35,6 +35,8 @@ def write_summary(settings: Summary, paths: Results) -> None:
         rows.append(row | known | {"reason": reasons.get(str(name), "not fitted")})
     first = ["name", "status", "flags", "reason", "origin", "snr"]
     table = pd.DataFrame(rows)
+    if "converged" in table:  # a lens without a fit has none: FITS knows no missing booleans
+        table["converged"] = table["converged"].eq(True)
     table = table[[*first, *(column for column in table.columns if column not in first)]]
     record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
     out = paths.summary
