@@ -205,18 +205,21 @@ def source_plane(
 
 def three_panels(titles: Sequence[str]) -> tuple[Figure, list[Axes], list[Axes]]:
     """Three square panels with axes in arcsec, and places of two colour bars: right of the second and of the third."""
-    width, height, side = 10.0, 2.95, 2.3
+    width, height, side = 9.6, 2.95, 2.3
     figure = blank(width, height, layout="none")
 
     def place(left: float, across: float) -> Axes:
         return figure.add_axes((left / width, 0.42 / height, across / width, side / height))
 
     with rc_context(STYLE):
-        panels = [place(left, side) for left in (0.5, 3.2, 6.75)]
-        bars = [place(left, 0.09) for left in (5.58, 9.13)]
+        panels = [place(left, side) for left in (0.62, 3.1, 6.55)]
+        bars = [place(left, 0.09) for left in (5.48, 8.93)]
         for panel, title in zip(panels, titles, strict=True):
             panel.set_title(title)
             panel.set_xlabel('x ["]', labelpad=1)
+            panel.yaxis.set_tick_params(labelleft=panel is panels[0])
+            panel.xaxis.set_major_locator(MaxNLocator(5))
+            panel.yaxis.set_major_locator(MaxNLocator(5))
         panels[0].set_ylabel('y ["]', labelpad=1)
     return figure, panels, bars
 
