@@ -190,7 +190,7 @@ class Lens(Section):
     deflection: Literal["table", "series"] = Field("table", description="how the SPLE deflection is computed")
     supersampling: Literal[1, 2, 4] = Field(1, description="rays per pixel side")
     source_interpolation: Literal["bilinear", "bicubic"] = Field(
-        "bilinear", description="between the pixels of the decoded source (paper: bilinear)"
+        "bicubic", description="between the pixels of the decoded source (paper: bilinear)"
     )
 
 
@@ -211,8 +211,8 @@ class Priors(Section):
     center_y: Prior = prior("Normal(0, 0.05)", 'lens centre, y up ["]')
     gamma1: Prior = prior("Normal(0, 0.05)", "external shear")
     gamma2: Prior = prior("Normal(0, 0.05)", "external shear")
-    source_x: Prior = prior("Normal(0, 0.15)", 'centre of the source image ["]')
-    source_y: Prior = prior("Normal(0, 0.15)", 'centre of the source image ["]')
+    source_x: Prior = prior("Normal(0, 0.15)", 'centre of the light of the source ["]')
+    source_y: Prior = prior("Normal(0, 0.15)", 'centre of the light of the source ["]')
     source_size: Prior = prior("LogNormal(2.0, 0.4)", 'full width s of the 64x64 source image ["] (paper, eq. 15)')
     source_flux: Prior = prior("TruncatedNormal(1.0, 0.5, 0.05, 10)", "peak flux iota [flux unit of the lens]")
 

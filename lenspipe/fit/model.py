@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
+from lenspipe.image.source_plane import light_centre
 from lenspipe.prior_map import PriorMap
 from lenspipe.source.prior import SourcePrior
 
-CHUNK_ELEMENTS = 40_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
+CHUNK_ELEMENTS = 1_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
 
 
 class LensModel:
@@ -56,9 +57,22 @@ class LensModel:
         """Named parameters [lens], those of config and the canonical ones."""
         return canonical(self.priors(self.split(w)[0]))
 
-    def source_image(self, w: Tensor) -> Tensor:
-        """Source images [lens, 64, 64] times their flux, in flux units."""
-        return self.parameters(w)["source_flux"][:, None, None] * self.source(self.split(w)[1])
+    def source_frame(self, w: Tensor) -> Tensor:
+        """Where the decoded image lies in the source plane: x and y of its centre and its full width ["], [lens, 3]."""
+        p = self.parameters(w)
+        u, v = light_centre(self.source(self.split(w)[1]))
+        size = p["source_size"]
+        return torch.stack([p["source_x"] - size * u, p["source_y"] - size * v, size], -1)
+
+    def source_plane(self, w: Tensor, frame: Tensor) -> Tensor:
+        """Brightness of the sources, in flux units, on the 64 x 64 pixels of a frame [lens, 3]: [lens, 64, 64]."""
+        source = self.source(self.split(w)[1])
+        n = source.shape[-1]
+        axis = (torch.arange(n, dtype=w.dtype, device=w.device) - (n - 1) / 2) / n
+        own, frame = self.source_frame(w)[:, :, None], frame[:, :, None]
+        u, v = ((frame[:, i] + axis * frame[:, 2] - own[:, i]) / own[:, 2] for i in (0, 1))
+        grid = u[:, None, :].expand(-1, n, -1), v[:, :, None].expand(-1, -1, n)
+        return self.parameters(w)["source_flux"][:, None, None] * self.simulator.rays(grid, source[:, None])[:, 0]
 
     def image(self, w: Tensor) -> Tensor:
         """Predicted images [lens, ny, nx], in flux units."""
@@ -86,23 +100,29 @@ class LensModel:
 
         The chain rule through the source plane: forward mode through the lens for every named parameter, the
         derivative of the source along each ray, and, the image being linear in the source, one more rendered
-        image for every latent.
+        image for every latent, whose light also moves the source by as much as it moves the centre of its light.
         """
         named, latent = self.split(w)
-        source = self.source(latent)
-        (d_source,) = pushed_forward(lambda w: (self.source(w),), latent)
+
+        def galaxy(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            source = self.source(latent)
+            return source, *light_centre(source)
+
+        source, *centre = galaxy(latent)
+        d_source, d_centre_u, d_centre_v = pushed_forward(galaxy, latent)
 
         def geometry(named: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             p = canonical(self.priors(named))
-            return *self.simulator.source_points(p), p["source_flux"][:, None, None]
+            return *self.simulator.source_points(p, (centre[0], centre[1])), p["source_flux"][:, None, None]
 
         u, v, flux = geometry(named)
         rays, along_u, along_v = self.simulator.brightness_gradient((u, v), source)
         du, dv, d_flux = pushed_forward(geometry, named)
-        columns = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
-        images = self.simulator.observe(torch.cat([(flux * rays)[:, None], columns], 1))
-        latent_images = flux[:, None] * self.simulator.render((u, v), d_source)
-        jacobian = torch.cat([images[:, 1:], latent_images], 1) * self.weight[:, None]
+        of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
+        of_latents = self.simulator.rays((u, v), d_source)
+        of_latents += along_u[:, None] * d_centre_u[..., None, None] + along_v[:, None] * d_centre_v[..., None, None]
+        images = self.simulator.observe(torch.cat([(flux * rays)[:, None], of_named, flux[:, None] * of_latents], 1))
+        jacobian = images[:, 1:] * self.weight[:, None]
         residuals = (images[:, 0] - self.data) * self.weight
         return residuals.flatten(1), jacobian.flatten(2).transpose(1, 2)
 

@@ -30,6 +30,7 @@ from lenspipe.deflection_table import read_optics
 from lenspipe.fit import hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
+from lenspipe.memory import keep_freed_memory
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
@@ -109,6 +110,7 @@ def _run(tasks: list[Task], workers: int) -> Iterator[Result]:
 def fit_task(task: Task) -> Result:
     """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         return task, [fit_lenses(task)], {}
     except (RuntimeError, ValueError, ArithmeticError) as error:
@@ -186,19 +188,24 @@ def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
-    """Model and source at the MAP, and their posterior mean and spread over draws spread evenly, in image units."""
+    """Model and source at the MAP, and their posterior mean and spread over draws spread evenly, in image units.
+
+    All pictures of a source are in the frame of its MAP.
+    """
     image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
     unit = model.batch.flux_unit[:, None, None]
     flat = draws.flatten(1, 2)
     chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)
     models = torch.stack([model.image(w) for w in chosen])
-    sources = torch.stack([model.source_image(w) for w in chosen])
+    frame = model.source_frame(w_map)
+    sources = torch.stack([model.source_plane(w, frame) for w in chosen])
     return {
         "model_map": (image, (unit * model.image(w_map)).numpy()),
         "model_mean": (image, (unit * models.mean(0)).numpy()),
-        "source_map": (source, (unit * model.source_image(w_map)).numpy()),
+        "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
         "source_mean": (source, (unit * sources.mean(0)).numpy()),
         "source_sd": (source, (unit * sources.std(0)).numpy()),
+        "source_frame": (("lens", "frame"), frame.numpy()),
     }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lenspipe.image.psf import Convolution
-from lenspipe.image.source_plane import sample
+from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.lens.coordinates import axis_ratio, pixel_grid, rotate, theta_E_from_r_Ein
 from lenspipe.lens.epl import series_deflection
 from lenspipe.lens.shear import shear_deflection
@@ -38,7 +38,7 @@ class Optics:
 
     deflection: DeflectionTable | int
     supersampling: int = 1
-    interpolation: str = "bilinear"
+    interpolation: str = "bicubic"
 
 
 class Simulator:
@@ -71,12 +71,15 @@ class Simulator:
         shape = self.x.shape[1:]
         return (main[0] + shear[0]).unflatten(1, shape), (main[1] + shear[1]).unflatten(1, shape)
 
-    def source_points(self, p: Parameters) -> tuple[Tensor, Tensor]:
-        """Where the rays meet the source image, in units of its width (paper, eqs. 6, 17): two [lens, ny s, nx s]."""
+    def source_points(self, p: Parameters, centre: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where the rays meet the source image, in units of its width (paper, eqs. 6, 17): two [lens, ny s, nx s].
+
+        centre: x and y [lens] of the point of the source image that lies at `source_x, source_y`.
+        """
         alpha_x, alpha_y = self.deflection(p)
         size = p["source_size"][:, None, None]
-        u = (self.x - alpha_x - p["source_x"][:, None, None]) / size
-        v = (self.y - alpha_y - p["source_y"][:, None, None]) / size
+        u = (self.x - alpha_x - p["source_x"][:, None, None]) / size + centre[0][:, None, None]
+        v = (self.y - alpha_y - p["source_y"][:, None, None]) / size + centre[1][:, None, None]
         return u, v
 
     def observe(self, rays: Tensor) -> Tensor:
@@ -85,13 +88,17 @@ class Simulator:
             rays = functional.avg_pool2d(rays, self.optics.supersampling)
         return self.convolution(rays)
 
-    def render(self, points: tuple[Tensor, Tensor], source: Tensor) -> Tensor:
-        """Images [lens, channel, ny, nx] of source images [lens, channel, n, n] seen at source points."""
-        return self.observe(sample(source, *points, self.optics.interpolation))
+    def rays(self, points: tuple[Tensor, Tensor], source: Tensor) -> Tensor:
+        """Source images [lens, channel, n, n] seen at source points: [lens, channel, ny s, nx s]."""
+        return sample(source, *points, self.optics.interpolation)
 
     def image(self, p: Parameters, source: Tensor) -> Tensor:
-        """Images [lens, ny, nx] of sources [lens, n, n] of peak 1, times `source_flux`; p: [lens] each, canonical."""
-        return (p["source_flux"][:, None, None, None] * self.render(self.source_points(p), source[:, None]))[:, 0]
+        """Images [lens, ny, nx] of sources [lens, n, n] of peak 1, times `source_flux`; p: [lens] each, canonical.
+
+        `source_x, source_y` is where the centre of the source's light lies.
+        """
+        rays = self.rays(self.source_points(p, light_centre(source)), source[:, None])
+        return (p["source_flux"][:, None, None, None] * self.observe(rays))[:, 0]
 
     def brightness_gradient(self, points: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rays I(u, v) of one source a lens and their derivatives dI/du and dI/dv: three [lens, ny s, nx s].

@@ -7,6 +7,18 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def light_centre(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroid (x, y) of the square of the brightness, in units of the image's width from its centre; [lens] each.
+
+    image: [lens, n, n]. Squared, because a decoded image may have faint negative light.
+    """
+    n = image.shape[-1]
+    axis = (torch.arange(n, dtype=image.dtype, device=image.device) - (n - 1) / 2) / n
+    weight = image.square()
+    weight = weight / weight.sum((-2, -1), keepdim=True)
+    return (weight * axis).sum((-2, -1)), (weight * axis[:, None]).sum((-2, -1))
+
+
 def sample(image: Tensor, x: Tensor, y: Tensor, interpolation: str = "bilinear") -> Tensor:
     """Surface brightness of a source image at points of the source plane (paper, eq. 17).
 

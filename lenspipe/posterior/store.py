@@ -11,6 +11,7 @@ A group has dimensions lens, chain, draw and, where they apply, latent, start, y
 | `start_log_density` | lens, start |
 | `model_map, model_mean` (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |
+| `source_frame`: x and y of the centre and the full width of those three ["] | lens, frame |
 """
 
 from __future__ import annotations

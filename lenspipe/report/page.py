@@ -30,6 +30,7 @@ from lenspipe.config import Report
 from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.galaxies.ingest import SPLITS
+from lenspipe.image.source_plane import light_centre
 from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, posterior
 from lenspipe.report import figures
 from lenspipe.results import Results
@@ -403,16 +404,15 @@ def image_figure(images: Any, entry: pd.Series, name: str, catalogue: Path) -> F
 def source_figure(images: Any, row: dict[str, Any], true_source: Path) -> Figure:
     """Reconstructed source and its spread; beside them a mock's true source, else the MAP. Each at its own size."""
     mean, spread, at_map = (images[f"source_{kind}"].to_numpy() for kind in ("mean", "sd", "map"))
-    extents = {
-        kind: source_extent(*(row[f"source_{name}_{kind}"] for name in ("x", "y", "size")))
-        for kind in ("median", "map")
-    }
+    here = source_extent(*images["source_frame"].to_numpy())
     if row["origin"] != "mock" or not true_source.is_file():
-        return figures.source_plane(mean, spread, extents["median"], at_map, extents["map"], "source (MAP)")
+        return figures.source_plane(mean, spread, here, at_map, here, "source (MAP)")
     with fits.open(true_source, memmap=False) as file:
         truth, scale = np.asarray(file[0].data, dtype=float), float(file[0].header["PIXSCALE"])
-    there = source_extent(row["true_source_x"], row["true_source_y"], scale * len(truth))
-    return figures.source_plane(mean, spread, extents["median"], truth, there, "true source (mock)")
+    width = scale * len(truth)
+    u, v = light_centre(torch.from_numpy(truth)[None])
+    there = source_extent(row["true_source_x"] - width * float(u), row["true_source_y"] - width * float(v), width)
+    return figures.source_plane(mean, spread, here, truth, there, "true source (mock)")
 
 
 def source_extent(x: float, y: float, size: float) -> figures.Extent:

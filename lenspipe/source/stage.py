@@ -12,12 +12,14 @@ from torch import Tensor
 from lenspipe import artefact
 from lenspipe.config import Source
 from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.memory import keep_freed_memory
 from lenspipe.source.prior import SourcePrior, gaussian_latent_prior, write_source_prior
 from lenspipe.source.training import Epoch, train
 
 
 def write_source(settings: Source, galaxies: Path, out: Path, seed: int) -> None:
     """Train on the galaxies in `galaxies`; write the prior to `out` and the curve to `training.csv` beside it."""
+    keep_freed_memory()
     images = {split: _images(galaxies, split) for split in ("train", "validation")}
     columns = (
         TextColumn("training"),
