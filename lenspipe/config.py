@@ -312,13 +312,13 @@ class Fit(Section):
         description="factors on the noise, from first to last, in the MAP search",
     )
     steps_per_temperature: Count = Field(8, description="Gauss-Newton steps at each temperature")
-    final_steps: Count = Field(30, description="greatest number of Gauss-Newton steps at temperature 1")
+    final_steps: Count = Field(100, description="greatest number of Gauss-Newton steps at temperature 1")
     chains: int = Field(4, ge=2, description="Markov chains per lens")
-    warmup: int = Field(150, ge=20, description="draws per chain that tune the step size and are thrown away")
-    draws: int = Field(250, ge=20, description="draws kept per chain")
+    warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
+    draws: int = Field(300, ge=20, description="draws kept per chain")
     target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
-    path_length: Positive = Field(1.5, description="mean trajectory length in whitened coordinates")
-    max_leapfrog_steps: int = Field(12, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
+    path_length: Positive = Field(2.0, description="mean trajectory length in whitened coordinates")
+    max_leapfrog_steps: int = Field(16, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
 
     @model_validator(mode="after")
     def _ends_cold(self) -> Fit:

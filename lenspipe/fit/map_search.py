@@ -10,7 +10,7 @@ from torch import Tensor
 from lenspipe.config import Fit
 from lenspipe.fit.model import LensModel
 
-CONVERGED = 1e-3  # gain in log posterior below which a step at temperature 1 is the last [nat]
+CONVERGED = 1e-2  # gain in log posterior below which a step at temperature 1 is the last [nat]
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,17 @@ def _run(tasks: list[Task], workers: int) -> Iterator[Result]:
     if workers == 1 or len(tasks) < 2:
         yield from map(fit_task, tasks)
         return
-    quiet = {"distributed.worker.memory.terminate": 0.95, "distributed.scheduler.allowed-failures": 2}
+    settings = {
+        "distributed.worker.memory.terminate": 0.95,
+        "distributed.scheduler.allowed-failures": 2,
+        "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
+    }
     with (
-        dask.config.set(quiet),
+        dask.config.set(settings),
         LocalCluster(n_workers=min(workers, len(tasks)), threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
+        client.wait_for_workers(min(workers, len(tasks)))
         futures = dict(zip(client.map(fit_task, tasks, pure=False, retries=1), tasks, strict=True))
         for future in as_completed(futures):
             if future.status == "error":

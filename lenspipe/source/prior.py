@@ -15,11 +15,9 @@ from lenspipe import artefact
 from lenspipe.errors import InputError
 from lenspipe.source.vae import VAE
 
-PEAK_MIN = 0.05  # of a decoded image, before it is scaled to peak 1; training images peak at 1
-
 
 class SourcePrior(nn.Module):
-    """w ~ N(0, I) to latents z = mean + scale w to the decoded image mu_d(z), divided by its maximum.
+    """w ~ N(0, I) to latents z = mean + scale w to the decoded image mu_d(z).
 
     mean: [latents]; scale: [latents, latents], lower triangular, a square root of the prior covariance.
     """
@@ -37,9 +35,8 @@ class SourcePrior(nn.Module):
         return len(self.mean)
 
     def forward(self, w: Tensor) -> Tensor:
-        """Images [n, 64, 64] of peak 1, of w [n, size]."""
-        image = self.vae.decoder(self.mean + w @ self.scale.T)
-        return image / image.amax((-2, -1), keepdim=True).clamp(min=PEAK_MIN)
+        """Images [n, 64, 64] of w [n, size]."""
+        return self.vae.decoder(self.mean + w @ self.scale.T)
 
 
 @torch.no_grad()
