@@ -159,8 +159,8 @@ class Source(Section):
     learning_rate: Positive = Field(1e-3, lt=1, description="Adam's learning rate (paper: 1e-6)")
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's momentum parameters")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over the epochs")
-    epochs: Count = Field(40, description="greatest number of epochs")
-    patience: Count = Field(10, description="stop after this many epochs without a better validation ELBO")
+    epochs: Count = Field(100, description="greatest number of epochs")
+    patience: Count = Field(15, description="stop after this many epochs without a better validation ELBO")
     augment: bool = Field(True, description="turn, flip and shift the training images at random")
     latent_covariance_scale: Positive = Field(
         9.0, description="factor on the covariance of the encoded means in the latent prior (paper: 9)"
