@@ -86,6 +86,11 @@ class SurveyInput(Section):
     layout: Literal["survey"] = "survey"
     split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files from outside that it names."""
+        return ()
+
 
 class RealGalaxyCatalogInput(Section):
     """A galaxy catalogue in the GalSim / GREAT3 RealGalaxyCatalog layout (COSMOS 23.5, 25.2, AEGIS ...)."""
@@ -94,6 +99,11 @@ class RealGalaxyCatalogInput(Section):
     catalogue: str = Field(description="path of real_galaxy_catalog_*.fits; images are looked up beside it")
     fits: str | None = Field(None, description="path of the _fits table; none: <catalogue>_fits.fits where it exists")
     split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files from outside that it names."""
+        return (self.catalogue, self.fits) if self.fits else (self.catalogue,)
 
 
 class StampArchiveInput(Section):
@@ -108,6 +118,11 @@ class StampArchiveInput(Section):
     )
     exclude: tuple[int, ...] = Field((), description="rows left out by hand (duplicates, artefacts)")
     split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files from outside that it names."""
+        return (self.archive,)
 
 
 GalaxyInput = Annotated[

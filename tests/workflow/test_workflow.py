@@ -161,6 +161,23 @@ def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again, first, rtol=1e-6)
 
 
+def test_a_newer_lens_file_reruns_the_catalogue(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its path has a variable of the environment in it, whose braces Snakemake must leave alone."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.setenv("LENSES", str(run / "results/mocks/mock-0000-high"))
+    files = {kind: f"${{LENSES}}/{kind}.fits" for kind in ("image", "noise", "psf")}
+    config = tiny_with(tmp_path / "config.yaml", "catalogue", lenses=[{"name": "twin", "pixel_scale": 0.2, **files}])
+    assert snakemake(run, "--until", "catalogue", config=config).returncode == 0
+    lenses = pd.read_csv(run / "results/catalogue/lenses.csv").set_index("name")
+    assert lenses.loc["twin", "status"] == "usable"
+    until = ("--dry-run", "--until", "catalogue")
+    assert jobs(snakemake(run, *until, config=config).stdout) == Counter()
+    (run / "results/mocks/mock-0000-high/psf.fits").touch()
+    assert jobs(snakemake(run, *until, config=config).stdout) == Counter(catalogue=1)
+
+
 def test_bad_config_stops_before_any_job(tmp_path: Path) -> None:
     config = tiny_with(tmp_path / "bad.yaml", "fit", drawz=3)
     done = snakemake(tmp_path, config=config)

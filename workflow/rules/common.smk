@@ -6,7 +6,7 @@ import sys
 sys.path.insert(0, workflow.basedir)
 
 from lenspipe.catalogue.tables import count_shards
-from lenspipe.config import load_config
+from lenspipe.config import expand_path, load_config
 from lenspipe.errors import LenspipeError
 from snakemake.exceptions import WorkflowError
 
@@ -22,14 +22,26 @@ environment = f"{workflow.basedir}/envs/cpu.yaml"
 
 
 def sections(*names):
-    """The named sections of the settings as JSON: a rule sees these alone, and runs again only when they change."""
+    """The named sections of the settings as JSON: a rule sees these alone, and runs again only when they change.
+
+    A function, because Snakemake would take the braces of ${VARIABLE} in a text for a wildcard.
+    """
     chosen = settings.model_dump(mode="json", include={"seed", *names})
-    return json.dumps(chosen, separators=(",", ":"))
+    text = json.dumps(chosen, separators=(",", ":"))
+    return lambda wildcards: text
+
+
+def present(paths):
+    """Those of the files from outside that are there: a newer one reruns its stage, a missing one is the stage's to tell."""
+    return [str(path) for path in map(expand_path, paths) if path.is_file()]
 
 
 def galaxy_inputs():
-    """What the stage `galaxies` waits for: the synthetic survey, where it is taken in."""
-    return ["results/survey/provenance.json"] if settings.has_survey else []
+    """What the stage `galaxies` waits for: the synthetic survey, where it is taken in, and catalogues from outside."""
+    survey = ["results/survey/provenance.json"] if settings.has_survey else []
+    return survey + present(
+        path for source in settings.galaxies.inputs for path in source.files
+    )
 
 
 def mock_inputs():
@@ -45,5 +57,11 @@ def mock_inputs():
 
 
 def catalogue_inputs():
-    """What the lens catalogue takes in besides observed lenses."""
-    return ["results/mocks/lenses.csv"] if settings.has_mocks else []
+    """What the lens catalogue takes in: mocks, tables and the lenses written in the settings.
+
+    Not the images that a table names: they may be hundreds of thousands.
+    """
+    mocks = ["results/mocks/lenses.csv"] if settings.has_mocks else []
+    lenses = settings.catalogue.lenses
+    images = [path for lens in lenses for path in (lens.image, lens.noise, lens.psf)]
+    return mocks + present([*settings.catalogue.tables, *images])
