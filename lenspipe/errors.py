@@ -9,5 +9,9 @@ class ConfigError(LenspipeError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
+class TrainingError(LenspipeError):
+    """A training run whose numbers are no longer finite."""
+
+
 class InputError(LenspipeError):
     """A file that was handed in is missing, broken or not what it should be."""

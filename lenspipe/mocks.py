@@ -70,9 +70,11 @@ def draw_parameters(priors: PriorMap, generator: torch.Generator) -> Parameters:
 def denoised(image: np.ndarray, noise_sd: float) -> np.ndarray:
     """A galaxy image [n, n] without its noise: non-local means (Buades et al. 2005), no negative light, peak 1.
 
-    Where the noise is not known (0) it is estimated from the image.
+    Where the noise is not known (0) it is estimated from the image; an image without any is left as it is.
     """
     sigma = noise_sd or float(estimate_sigma(image))
+    if sigma == 0:
+        return np.clip(image, 0, None) / image.max()
     clean = denoise_nl_means(image, patch_size=5, patch_distance=7, h=0.8 * sigma, sigma=sigma, fast_mode=True)
     clean = np.clip(clean - 0.5 * sigma, 0, None)
     return clean / clean.max()

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 from torch.nn import functional
 
 from lenspipe.config import Source
+from lenspipe.errors import TrainingError
 from lenspipe.source.vae import VAE
 
 
@@ -35,9 +37,9 @@ def train(
 ) -> tuple[VAE, list[Epoch]]:
     """Train on images [galaxy, 64, 64] of peak 1; return the weights with the best validation ELBO, and the curve.
 
-    `report` is called after every epoch. Raises FloatingPointError where the loss is no longer finite.
+    `report` is called after every epoch. Raises TrainingError where the loss is no longer finite.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         vae = VAE(settings.latents, settings.channels, settings.dense, settings.decoder_sd)
         optimiser = torch.optim.Adam(vae.parameters(), lr=settings.learning_rate, betas=settings.betas)
@@ -69,7 +71,7 @@ def _train_epoch(
         batch = augmented(batch) if settings.augment else batch
         loss = elbo.differentiable_loss(vae.model, vae.guide, batch) / len(batch)
         if not math.isfinite(loss.item()):
-            raise FloatingPointError("the training loss is not finite; lower source.learning_rate")
+            raise TrainingError("the training loss is not finite; lower source.learning_rate")
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1e4)

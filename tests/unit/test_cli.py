@@ -1,0 +1,73 @@
+"""The command line: every stage has its command, files say what they are, errors are one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from lenspipe import artefact
+from lenspipe.cli import app
+from lenspipe.config import Config, Source
+from lenspipe.source.prior import SourcePrior, write_source_prior
+from lenspipe.source.vae import VAE
+from tests.conftest import ROOT
+
+STAGES = ("survey", "galaxies", "source", "deflection_table", "mocks", "catalogue", "fit", "summary", "report")
+
+
+def lenspipe(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_one_name(stage: str) -> None:
+    assert lenspipe(stage, "--help").exit_code == 0
+    assert f"rule {stage}:" in (ROOT / f"workflow/rules/{stage}.smk").read_text()
+    assert stage in Config.model_fields
+
+
+def test_show_says_what_a_file_is(tmp_path: Path) -> None:
+    settings = Source(latents=2, channels=4, dense=8)
+    vae = VAE(settings.latents, settings.channels, settings.dense, settings.decoder_sd)
+    record = artefact.provenance("source", {"source": settings}, [], seed=7, epochs=3)
+    write_source_prior(SourcePrior(vae, torch.zeros(2), torch.eye(2)), record, tmp_path / "prior.safetensors")
+    shown = lenspipe("show", tmp_path / "prior.safetensors")
+    assert shown.exit_code == 0
+    for text in ("source", "7", '"latents": 2', '"epochs": 3', '"torch"'):
+        assert text in shown.output
+
+
+def test_show_of_something_else_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("not ours")
+    for path in (tmp_path / "note.txt", tmp_path / "absent.safetensors"):
+        shown = lenspipe("show", path)
+        assert shown.exit_code == 1
+        assert f"error: {path}" in shown.output
+        assert "Traceback" not in shown.output
+
+
+def test_check_config_counts_the_lenses(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mocks: {systems: 7}\n")
+    checked = lenspipe("check-config", tmp_path / "config.yaml")
+    assert checked.exit_code == 0
+    assert "good; 21 lenses to fit" in checked.output
+
+
+def test_check_config_names_every_mistake(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mocks: {sistems: 7}\nfit: {chains: 0}\n")
+    checked = lenspipe("check-config", tmp_path / "config.yaml")
+    assert checked.exit_code == 1
+    assert "mocks.sistems" in checked.output
+    assert "systems" in checked.output
+    assert "fit.chains" in checked.output
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("survey", "deflection_table")])
+def test_a_stage_before_its_inputs_names_what_is_missing(stage: str, tmp_path: Path) -> None:
+    done = lenspipe(stage, "--config", ROOT / "config.yaml", "--results", tmp_path)
+    assert done.exit_code == 1
+    assert f"error: {tmp_path}" in done.output
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

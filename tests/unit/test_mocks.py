@@ -1,0 +1,101 @@
+"""Mock lenses: what is put into their sources, and that a system depends on the seed and its number alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from astropy.io import fits
+
+from lenspipe.config import Config, load_config
+from lenspipe.mocks import denoised, light_extent, write_mocks
+from lenspipe.results import Results
+from lenspipe.source.prior import SourcePrior, write_source_prior
+from lenspipe.source.vae import VAE
+
+
+def blob(sd: float, n: int = 64) -> np.ndarray:
+    y, x = np.mgrid[:n, :n] - (n - 1) / 2
+    return np.exp(-(x**2 + y**2) / (2 * sd**2))
+
+
+def test_denoising_removes_noise_and_keeps_the_galaxy() -> None:
+    truth = blob(6.0)
+    noisy = truth + 0.05 * np.random.default_rng(1).normal(size=truth.shape)
+    clean = denoised(noisy, 0.05)
+    assert clean.max() == 1
+    assert clean.min() == 0
+    assert np.sqrt(((clean - truth) ** 2).mean()) < 0.5 * np.sqrt(((noisy - truth) ** 2).mean())
+    assert clean.sum() == pytest.approx(truth.sum(), rel=0.15)
+
+
+def test_noise_that_is_not_known_is_estimated() -> None:
+    noisy = blob(6.0) + 0.05 * np.random.default_rng(1).normal(size=(64, 64))
+    np.testing.assert_allclose(denoised(noisy, 0.0), denoised(noisy, 0.05), atol=0.1)
+
+
+@pytest.mark.parametrize("sd", [3.0, 6.0])
+def test_extent_of_a_gaussian(sd: float) -> None:
+    """90 % of a round Gaussian is within sd sqrt(2 ln 10)."""
+    assert light_extent(blob(sd)) == pytest.approx(2 * sd * np.sqrt(2 * np.log(10)) / 64, abs=1.5 / 64)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Results:
+    """Results with a source prior that nobody trained."""
+    torch.manual_seed(0)
+    config = settings(systems=1)
+    vae = VAE(config.source.latents, config.source.channels, config.source.dense, 0.02)
+    prior = SourcePrior(vae, torch.zeros(config.source.latents), torch.eye(config.source.latents))
+    found = Results(tmp_path)
+    found.source_prior.parent.mkdir()
+    record = {"stage": "source", "settings": {"source": config.source.model_dump(mode="json")}}
+    write_source_prior(prior, record, found.source_prior)
+    return found
+
+
+def settings(systems: int, seed: int = 1) -> Config:
+    return load_config(
+        {
+            "seed": seed,
+            "source": {"latents": 2, "channels": 4, "dense": 8},
+            "lens": {"deflection": "series"},
+            "mocks": {
+                "systems": systems,
+                "source": "prior",
+                "image_size": 24,
+                "pixel_scale": 0.2,
+                "psf_sd": 0.2,
+                "noise_levels": [{"name": "loud", "sd": 0.5}, {"name": "quiet", "sd": 0.01}],
+            },
+        }
+    )
+
+
+def image(paths: Results, name: str) -> np.ndarray:
+    return np.asarray(fits.getdata(paths.mocks / name / "image.fits"), dtype=float)
+
+
+def test_a_system_depends_on_seed_and_number_alone(paths: Results) -> None:
+    write_mocks(settings(systems=1), paths)
+    one, first = pd.read_csv(paths.mocks / "lenses.csv"), image(paths, "mock-0000-loud")
+    write_mocks(settings(systems=3), paths)
+    three = pd.read_csv(paths.mocks / "lenses.csv")
+    assert len(three) == 6
+    pd.testing.assert_frame_equal(three.head(2), one)
+    np.testing.assert_array_equal(image(paths, "mock-0000-loud"), first)
+    write_mocks(settings(systems=1, seed=2), paths)
+    assert not np.array_equal(image(paths, "mock-0000-loud"), first)
+
+
+def test_noise_levels_share_the_lens_and_have_their_noise(paths: Results) -> None:
+    write_mocks(settings(systems=1), paths)
+    loud, quiet = (image(paths, f"mock-0000-{level}") for level in ("loud", "quiet"))
+    assert np.std(loud - quiet) == pytest.approx(np.hypot(0.5, 0.01), rel=5 / np.sqrt(2 * loud.size))
+    truths = pd.read_csv(paths.mocks / "lenses.csv").filter(like="true_")
+    assert truths.nunique().max() == 1
+    assert {"true_theta_E", "true_q", "true_phi", "true_e1", "true_source_flux"} <= set(truths)
+    assert float(fits.getval(paths.mocks / "mock-0000-loud/image.fits", "PIXSCALE")) == 0.2

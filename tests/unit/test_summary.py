@@ -1,0 +1,77 @@
+"""The summary: diagnostics against chains whose behaviour is known, flags, the wrap of position angles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lenspipe.config import Summary
+from lenspipe.summary import diagnostics, find_flags, unwrapped
+
+GOOD = {
+    "pixels": 4096,
+    "r_hat_max": 1.01,
+    "ess_bulk_min": 500.0,
+    "divergences": 0,
+    "chi2_per_pixel": 1.0,
+    "converged": True,
+}
+
+
+def autoregressive(correlation: float, shape: tuple[int, int, int]) -> np.ndarray:
+    """Chains [lens, chain, draw] of unit variance whose neighbours correlate."""
+    noise = np.random.default_rng(3).normal(size=shape)
+    chain = noise.copy()
+    for draw in range(1, shape[2]):
+        chain[..., draw] = correlation * chain[..., draw - 1] + np.sqrt(1 - correlation**2) * noise[..., draw]
+    return chain
+
+
+def test_diagnostics_of_chains_that_agree() -> None:
+    """Effective number of draws of an AR(1) process: n (1 - rho) / (1 + rho), within a quarter."""
+    found = diagnostics({"theta_E": autoregressive(0.5, (3, 4, 2000))})
+    assert found["r_hat_max"] == pytest.approx(np.ones(3), abs=0.01)
+    assert found["ess_bulk_min"] == pytest.approx(np.full(3, 8000 / 3), rel=0.25)
+
+
+def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
+    good, apart = autoregressive(0.0, (2, 4, 300)), autoregressive(0.0, (2, 4, 300))
+    apart[1, 2] += 5.0
+    found = diagnostics({"theta_E": good, "gamma": apart, "fixed": np.ones((2, 4, 300))})
+    assert found["r_hat_max"][0] < 1.02
+    assert found["r_hat_max"][1] > 1.5
+    assert found["ess_bulk_min"][1] < 20 < found["ess_bulk_min"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "flags"),
+    [
+        ({}, []),
+        ({"r_hat_max": 1.2}, ["r_hat"]),
+        ({"r_hat_max": float("nan")}, ["r_hat"]),
+        ({"ess_bulk_min": 20.0}, ["ess"]),
+        ({"divergences": 11}, ["divergences"]),
+        ({"divergences": 10}, []),
+        ({"chi2_per_pixel": 1.2}, ["chi2_high"]),
+        ({"chi2_per_pixel": 0.8}, ["chi2_low"]),
+        ({"chi2_per_pixel": float("nan")}, ["chi2_high", "chi2_low"]),
+        ({"converged": False, "r_hat_max": 3.0}, ["r_hat", "map_not_converged"]),
+    ],
+)
+def test_flags(change: dict[str, float], flags: list[str]) -> None:
+    assert find_flags(GOOD | change, 1000, Summary()) == flags
+
+
+def test_few_pixels_may_scatter_more() -> None:
+    """chi^2 per pixel of n pixels scatters by sqrt(2 / n)."""
+    assert find_flags(GOOD | {"pixels": 100, "chi2_per_pixel": 1.5}, 1000, Summary()) == []
+
+
+def test_angles_on_both_sides_of_the_wrap_are_brought_together() -> None:
+    generator = np.random.default_rng(0)
+    angle = np.pi / 2 + 0.05 * generator.normal(size=(2, 2, 50))
+    wrapped = (angle + np.pi / 2) % np.pi - np.pi / 2
+    assert np.ptp(wrapped, axis=(1, 2)).min() > 3
+    together = unwrapped(wrapped)
+    assert np.ptp(together, axis=(1, 2)).max() < 0.6
+    np.testing.assert_allclose(np.sin(together - wrapped), 0, atol=1e-12)
