@@ -22,6 +22,7 @@ from lenspipe.catalogue.observed import LensImage, read_lens
 from lenspipe.catalogue.tables import Entry, read_entries
 from lenspipe.config import Catalogue, expand_path
 from lenspipe.errors import InputError
+from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
 
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 
@@ -45,13 +46,25 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
             else:
                 bucket = store.add(entry, lens)
                 row |= {"status": "usable", "reason": "", "bucket": bucket, "snr": lens.signal_to_noise}
-            rows.append(row | {f"true_{name}": value for name, value in entry.truth.items()})
+            rows.append(row | {f"true_{name}": value for name, value in completed(entry.truth).items()})
         store.flush()
         inputs = [*([mocks] if mocks else []), *(expand_path(table) for table in settings.tables)]
         record = artefact.provenance("catalogue", {"catalogue": settings}, inputs, lenses=len(entries))
         zarr.open_group(folder, mode="a").attrs[artefact.KEY] = record
         with artefact.written_whole(out.with_name("lenses.csv")) as table:
             pd.DataFrame(rows).to_csv(table, index=False)
+
+
+def completed(truth: dict[str, float]) -> dict[str, float]:
+    """True values with those that follow from them: e1 and e2 from q and phi or the other way, theta_E from r_Ein."""
+    known = {name: torch.tensor(value, dtype=torch.float64) for name, value in truth.items()}
+    if {"q", "phi"} <= known.keys():
+        known["e1"], known["e2"] = ellipticity(known["q"], known["phi"])
+    elif {"e1", "e2"} <= known.keys():
+        known["q"], known["phi"] = axis_ratio(known["e1"], known["e2"])
+    if {"r_Ein", "q"} <= known.keys():
+        known["theta_E"] = theta_E_from_r_Ein(known["r_Ein"], known["q"])
+    return {name: float(value) for name, value in known.items()} | truth
 
 
 def read_catalogue(out: Path) -> pd.DataFrame:

@@ -246,10 +246,10 @@ def corner_plot(draws: Mapping[str, NDArray], truths: Mapping[str, float]) -> Fi
         corner.corner(
             np.stack(list(moving.values()), axis=1), fig=figure, bins=25, range=spans, color=INK, smooth=0.8,
             labels=[SYMBOLS.get(name, name) for name in moving], label_kwargs={"fontsize": 9},
-            truths=[truths.get(name) for name in moving], truth_color=TRUTH, max_n_ticks=4, labelpad=0.0,
+            truths=[truths.get(name) for name in moving], truth_color=TRUTH, max_n_ticks=4, labelpad=0.1,
             levels=(0.393, 0.865), plot_density=False, fill_contours=True, data_kwargs={"alpha": 0.15, "ms": 1.5},
         )  # fmt: skip
-        figure.subplots_adjust(left=0.14, bottom=0.14, right=0.985, top=0.985)
+        figure.subplots_adjust(left=0.17, bottom=0.17, right=0.985, top=0.985)
     return figure
 
 

@@ -44,14 +44,13 @@ CORNER = ("theta_E", "gamma", "phi")
 STRIP = 16  # galaxies in a strip
 OPEN = 3  # lenses shown unfolded
 CUTS = {
-    "read": "read from the catalogue",
-    "excluded_by_hand": "excluded by hand",
-    "sersic_fit_failed": "Sérsic fit failed",
-    "sersic_unphysical": "Sérsic fit unphysical",
-    "stamp_too_small": "stamp too small",
+    "excluded_by_hand": "by hand",
+    "sersic_fit_failed": "no Sérsic fit",
+    "sersic_unphysical": "unphysical fit",
+    "stamp_too_small": "too small",
     "bad_pixels": "bad pixels",
-    "signal_to_noise_low": "signal-to-noise too low",
-    "signal_to_noise_high": "signal-to-noise too high",
+    "signal_to_noise_low": "S/N low",
+    "signal_to_noise_high": "S/N high",
 }
 HEADS = {
     "eti89_lb": "89 % from",
@@ -145,20 +144,15 @@ def galaxies_section(paths: Results) -> dict[str, Any]:
 
 
 def cuts_table(cuts: pd.DataFrame) -> Table:
-    """Removed and left after every cut, two columns an input; cuts are rows, in their order."""
-    inputs = list(dict.fromkeys(cuts["input"]))
-    heads = ["cut"]
-    for origin in inputs:
-        heads += [f"{input_name(origin)}: removed", "left"]
+    """One row an input: galaxies read, removed by every cut in its order, and kept."""
+    names = [cut for cut in dict.fromkeys(cuts["cut"]) if cut != "read"]
     rows = []
-    for cut in dict.fromkeys(cuts["cut"]):
-        row = [CUTS.get(cut, cut)]
-        for origin in inputs:
-            found = cuts[(cuts["cut"] == cut) & (cuts["input"] == origin)]
-            removed, left = (int(found[c].iloc[0]) if len(found) else 0 for c in ("removed", "left"))
-            row += ["" if cut == "read" else f"{removed:,}", f"{left:,}"]
-        rows.append(row)
-    return Table(heads, rows)
+    for origin, found in cuts.set_index("cut").groupby("input", sort=False):
+        removed = [f"{found.loc[cut, 'removed']:,}" for cut in names]
+        rows.append(
+            [input_name(str(origin)), f"{found.loc['read', 'left']:,}", *removed, f"{found['left'].iloc[-1]:,}"]
+        )
+    return Table(["input", "read", *(CUTS.get(cut, cut) for cut in names), "kept"], rows)
 
 
 def split_counts(galaxies: Path) -> dict[str, dict[str, int]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from astropy.io import fits
 
-from lenspipe.catalogue.stage import read_batch, read_catalogue, write_catalogue
+from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
 from lenspipe.config import Catalogue
 from lenspipe.errors import InputError
 
@@ -116,3 +116,16 @@ def test_bad_table_stops(folder: Path, text: str, message: str) -> None:
 def test_missing_table(folder: Path) -> None:
     with pytest.raises(InputError, match=r"absent.csv: no such table"):
         write_catalogue(Catalogue(mocks=False, tables=(str(folder / "absent.csv"),)), None, folder / "out/c.zarr")
+
+
+@pytest.mark.parametrize(
+    ("given", "follows"),
+    [
+        ({"q": 0.5, "phi": 0.0}, {"e1": 1 / 3, "e2": 0.0}),
+        ({"e1": 0.0, "e2": -1 / 3}, {"q": 0.5, "phi": -np.pi / 4}),
+        ({"r_Ein": 2.0, "q": 0.25}, {"theta_E": 1.0}),
+        ({"theta_E": 1.3}, {}),
+    ],
+)
+def test_truth_is_completed(given: dict[str, float], follows: dict[str, float]) -> None:
+    assert completed(given) == pytest.approx(given | follows)
