@@ -25,14 +25,17 @@ def untouched_globals() -> Iterator[None]:
     assert not list(pyro.get_param_store())
 
 
+def environment() -> dict[str, str]:
+    """Variables for a process of its own: the programs of this Python first, one thread for each process."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def snakemake(directory: Path, *arguments: str, config: Path = TINY) -> subprocess.CompletedProcess[str]:
     """Run the workflow in `directory` on two cores; nothing is raised for a failure."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
     command += ["--scheduler", "greedy", "--configfile", str(config), "--directory", str(directory), *arguments]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
-        command, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from astropy.table import Table
 
 from lenspipe import artefact
 from lenspipe.posterior import open_posteriors, posterior
-from tests.conftest import ROOT, TINY, snakemake
+from tests.conftest import ROOT, TINY, environment, snakemake
 
 pytestmark = pytest.mark.workflow
 
@@ -72,6 +72,7 @@ def test_whole_run(tiny_run: Path) -> None:
     page = (tiny_run / "results/report/report.html").read_text()
     assert "mock-0001-high" in page
     assert len(page) > 200_000
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page), "the page needs nothing but itself"
 
 
 def test_posterior_is_an_arviz_object(tiny_run: Path) -> None:
@@ -124,21 +125,10 @@ def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
     """Killed while the mocks' successors are missing, a run starts again and does only what is left."""
     shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("fit", "summary", "report", "logs"))
     directory = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "-s",
-        str(ROOT / "Snakefile"),
-        "--cores",
-        "2",
-        "--configfile",
-        str(TINY),
-    ]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"]
     process = subprocess.Popen(
         [*command, "--configfile", str(TINY), "--directory", str(directory)],
-        env={**os.environ, "PATH": path},
+        env=environment(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -186,21 +176,20 @@ def test_bad_config_stops_before_any_job(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
-def test_results_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "results").write_text("a file where the folder should be")
-    command = [
-        sys.executable,
-        "-m",
-        "lenspipe",
-        "survey",
-        "--config",
-        str(TINY),
-        "--results",
-        str(tmp_path / "results"),
-    ]
+@pytest.mark.parametrize("obstacle", ["a file", "no permission"])
+def test_results_that_cannot_be_written(obstacle: str, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    if obstacle == "a file":
+        folder.write_text("a file where the folder should be")
+    elif os.geteuid() == 0:
+        folder = Path("/sys/results")  # no permission stops root but the kernel's own folders do
+    else:
+        folder.mkdir()
+        folder.chmod(0o500)
+    command = [sys.executable, "-m", "lenspipe", "survey", "--config", str(TINY), "--results", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "cannot write here" in done.stderr
+    assert re.search(rf"error: {folder}\S*: cannot write here", done.stderr)
     assert "Traceback" not in done.stderr
 
 

@@ -1,0 +1,97 @@
+"""The README as a newcomer follows it: its commands, its Python, its table and the files it names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TINY, environment
+
+pytestmark = pytest.mark.workflow
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A finished run that a command may change, with the tiny preset where the README has the default one."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copy(TINY, tmp_path / "run/config.yaml")
+    return tmp_path / "run"
+
+
+def test_commands_are_known() -> None:
+    assert COMMANDS[:2] == ["make run", "make test"]
+    assert {command.split()[0] for command in COMMANDS} == {"make", "source", "snakemake", "lenspipe"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[0] == "make"])
+def test_make_target_is_there(command: str) -> None:
+    done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[0] == "lenspipe"])
+def test_lenspipe_command(command: str, run: Path) -> None:
+    words = shlex.split(command.replace("FILE", "config.yaml"))
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=run, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[0] == "snakemake"])
+def test_snakemake_command(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command.replace("FILE", str(TINY)).replace("DIR", str(tmp_path)))
+    expected = "Unlocking" if "--unlock" in words else "report"
+    if "--directory" not in words:
+        words += ["--directory", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--dry-run"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout + done.stderr
+
+
+def test_python(run: Path) -> None:
+    (code,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "theta_E" in done.stdout
+
+
+def test_table_of_stages(tiny_run: Path) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(lenspipe/[\w./]+)` \| (.+?) \|", README, re.MULTILINE)
+    rules = sorted(path.stem for path in (ROOT / "workflow/rules").glob("*.smk") if path.stem != "common")
+    assert sorted(stage for stage, _, _ in rows) == rules
+    for stage, module, output in rows:
+        assert (ROOT / module).exists(), stage
+        found = re.findall(r"`([\w./-]+)", output)
+        assert found, stage
+        assert (tiny_run / "results" / found[0]).exists(), found[0]
+
+
+def test_files_that_are_named_exist() -> None:
+    named = set(re.findall(r"`((?:workflow|lenspipe|envs|tests|docs)/[\w./]+)`", README))
+    named |= set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
