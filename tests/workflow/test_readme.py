@@ -55,7 +55,7 @@ def test_lenspipe_command(command: str, run: Path) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[0] == "snakemake"])
 def test_snakemake_command(command: str, tmp_path: Path) -> None:
     words = shlex.split(command.replace("FILE", str(TINY)).replace("DIR", str(tmp_path)))
-    expected = "Unlocking" if "--unlock" in words else "report"
+    expected = "Unlocked" if "--unlock" in words else "report"
     if "--directory" not in words:
         words += ["--directory", str(tmp_path)]
     done = subprocess.run(

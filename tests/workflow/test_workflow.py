@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from astropy.io import fits
 from astropy.table import Table
 
 from lenspipe import artefact
@@ -151,7 +152,7 @@ def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again, first, rtol=1e-6)
 
 
-def test_a_newer_lens_file_reruns_the_catalogue(
+def test_a_changed_lens_file_reruns_the_catalogue(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its path has a variable of the environment in it, whose braces Snakemake must leave alone."""
@@ -164,7 +165,8 @@ def test_a_newer_lens_file_reruns_the_catalogue(
     assert lenses.loc["twin", "status"] == "usable"
     until = ("--dry-run", "--until", "catalogue")
     assert jobs(snakemake(run, *until, config=config).stdout) == Counter()
-    (run / "results/mocks/mock-0000-high/psf.fits").touch()
+    psf = run / "results/mocks/mock-0000-high/psf.fits"
+    fits.writeto(psf, 2 * fits.getdata(psf), overwrite=True)
     assert jobs(snakemake(run, *until, config=config).stdout) == Counter(catalogue=1)
 
 
