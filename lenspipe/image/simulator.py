@@ -12,7 +12,7 @@ from lenspipe.image.psf import Convolution
 from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.lens.coordinates import axis_ratio, pixel_grid, rotate, theta_E_from_r_Ein
 from lenspipe.lens.epl import series_deflection
-from lenspipe.lens.shear import shear_deflection
+from lenspipe.lens.profiles import shear_deflection
 from lenspipe.lens.table import DeflectionTable
 
 Parameters = dict[str, Tensor]

@@ -13,8 +13,6 @@ import torch
 from scipy.integrate import quad_vec
 from torch import Tensor
 
-from lenspipe.lens.coordinates import rotate
-
 
 def convergence(x: Tensor, y: Tensor, theta_E: Tensor, gamma: Tensor, q: Tensor) -> Tensor:
     """Convergence at (x, y) ["] in the frame of the major axis; infinite at the centre."""
@@ -75,19 +73,3 @@ def quadrature_deflection(eta: np.ndarray, gamma: float, q: float) -> np.ndarray
     integral, _ = quad_vec(integrand, 0.0, 1.0, epsabs=1e-12, epsrel=1e-11, norm="max", limit=2000)
     # kappa(rho) = (3 - gamma)/2 (sqrt(q) rho)^(1 - gamma) and rho' d rho' rho'^(1-gamma) = rho^power du / power
     return q * q ** ((1 - gamma) / 2) * rho**power * integral
-
-
-def epl_deflection(
-    x: Tensor,
-    y: Tensor,
-    theta_E: Tensor,
-    gamma: Tensor,
-    q: Tensor,
-    phi: Tensor,
-    center: tuple[Tensor, Tensor],
-    terms: int,
-) -> tuple[Tensor, Tensor]:
-    """Deflection ["] at (x, y) ["] of an EPL of any size, place and angle, by the series. All broadcastable."""
-    x_major, y_major = rotate(x - center[0], y - center[1], phi)
-    a, b = series_deflection(x_major / theta_E, y_major / theta_E, gamma, q, terms)
-    return rotate(theta_E * a, theta_E * b, -phi)
