@@ -34,4 +34,5 @@ report: .venv/installed
 	touch $@
 
 clean:
-	rm -rf results/* .snakemake
+	find results -mindepth 1 ! -name README.md -delete
+	rm -rf .snakemake

@@ -4,9 +4,8 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-if (
-    not config
-):  # --configfile FILE replaces the shipped settings; what FILE leaves out has its default
+# --configfile FILE replaces the shipped settings; what FILE leaves out has its default
+if not workflow.overwrite_configfiles:
 
     configfile: f"{workflow.basedir}/config.yaml"
 

@@ -1,7 +1,7 @@
 """What every output of a stage carries: its stage, settings, versions, git commit and the hashes of its inputs.
 
 Outputs are written whole under a temporary name and then renamed, so that a killed or doubled job
-leaves either the old output or the new one.
+leaves either the old output or the new one; of a folder, which cannot be replaced in one step, it may leave neither.
 """
 
 from __future__ import annotations

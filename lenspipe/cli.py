@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lenspipe import artefact
 from lenspipe.config import json_schema, load_config
-from lenspipe.errors import LenspipeError
+from lenspipe.errors import InputError, LenspipeError
 from lenspipe.results import Results
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -104,7 +104,9 @@ def catalogue(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESUL
 def fit(
     config: Settings = DEFAULT_CONFIG,
     results: Folder = DEFAULT_RESULTS,
-    shard: Annotated[int | None, typer.Option(help="number of the shard; all of them where none is given")] = None,
+    shard: Annotated[
+        int | None, typer.Option(min=0, help="number of the shard; all of them where none is given")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
@@ -156,11 +158,14 @@ def check_config(
     config: Annotated[str, typer.Argument(help="config file, or settings as inline JSON")] = DEFAULT_CONFIG,
     write_schema: Annotated[Path | None, typer.Option(help="write the JSON schema of config files here")] = None,
 ) -> None:
-    """Check a config file before any job; say how many lenses it would fit."""
-    from lenspipe.catalogue.tables import count_lenses
+    """Check a config file, and that the files it names are there, before any job; say how many lenses it would fit."""
+    from lenspipe.catalogue.tables import count_lenses, outside_files
 
     with plain_errors():
         if write_schema:
             write_schema.write_text(json_schema())
-        lenses = count_lenses(load_config(config))
+        settings = load_config(config)
+        lenses = count_lenses(settings)
+        if absent := [path for path in outside_files(settings) if not path.is_file()]:
+            raise InputError("\n".join(f"{path}: no such file" for path in absent))
     console.print(f"{config if os.path.exists(config) else 'config'}: good; {lenses} lenses to fit")

@@ -2,13 +2,14 @@
 
 A config file holds only what differs from these defaults. Unknown keys are errors. The JSON schema in
 `workflow/schemas/config.schema.json` is generated from these classes (`lenspipe check-config --write-schema`).
-Science is here; machines, partitions and GPUs are in `workflow/profiles/`.
+Science is here; machines and partitions are in `workflow/profiles/`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -139,7 +140,9 @@ class Galaxies(Section):
     min_stamp_size: Count = Field(64, description="stamps with a side below this are cut [px]")
     signal_to_noise_min: float = Field(15, ge=0, description="least max(I downscaled) / sigma_noise")
     signal_to_noise_max: float = Field(50, gt=0, description="greatest max(I downscaled) / sigma_noise")
-    signal_to_noise_downscale: Count = Field(4, description="factor by which the image is downscaled for that ratio")
+    signal_to_noise_downscale: int = Field(
+        4, ge=1, le=64, description="factor by which the image is downscaled for that ratio"
+    )
     edge_feather: int = Field(
         4, ge=0, le=16, description="width of the taper at the edge of the 64x64 image [px]; 0: none"
     )
@@ -209,6 +212,16 @@ class Lens(Section):
     )
 
 
+DOMAINS = {
+    "theta_E": (0, math.inf),
+    "r_Ein": (0, math.inf),
+    "gamma": (1, 3),
+    "q": (0, 1),
+    "source_size": (0, math.inf),
+    "source_flux": (0, math.inf),
+}
+
+
 class Priors(Section):
     """Priors of the lens and of the source's place, size and flux; mocks are drawn from them, fits use them.
 
@@ -252,6 +265,14 @@ class Priors(Section):
             raise ValueError(f"give either e1 and e2, or q and phi; found {', '.join(given)}")
         return self
 
+    @model_validator(mode="after")
+    def _within_their_domains(self) -> Priors:
+        for name, (low, high) in DOMAINS.items():
+            prior = getattr(self, name)
+            if prior is not None and not (low <= prior.support[0] and prior.support[1] <= high):
+                raise ValueError(f"{name} = {prior} reaches outside [{low:g}, {high:g}]; truncate it")
+        return self
+
     def expressions(self) -> dict[str, PriorExpression]:
         """The priors that are given, by name, in the order of the fields."""
         return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
@@ -291,10 +312,13 @@ class Mocks(Section):
         return self
 
 
+NAME = r"[A-Za-z0-9_.+-]+"  # of a lens
+
+
 class ObservedLens(Section):
     """One observed lens, written in config instead of in a table. Same fields as the columns of a table."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.+-]+$", description="unique name")
+    name: str = Field(pattern=f"^{NAME}$", description="unique name")
     image: str = Field(description="path of the FITS image")
     noise: str = Field(description="path of the FITS noise map (1 sigma)")
     psf: str = Field(description="path of the FITS PSF kernel")
@@ -380,25 +404,32 @@ class Config(Section):
     summary: Summary = Summary()
     report: Report = Report()
 
-    @model_validator(mode="after")
-    def _table_covers_priors(self) -> Config:
+    def conflicts(self) -> list[str]:
+        """What is wrong between sections that are each good by themselves."""
+        found = []
         if self.lens.deflection == "table":
             table, gamma = self.deflection_table, self.priors.gamma.support
             if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:
-                raise ValueError(
+                found.append(
                     f"priors.gamma ({self.priors.gamma}) reaches outside the deflection table "
                     f"[{table.gamma_min}, {table.gamma_max}]; truncate the prior or widen deflection_table"
                 )
-            if self.priors.q is not None and not (
-                table.q_min <= self.priors.q.support[0] and self.priors.q.support[1] <= 1
-            ):
-                raise ValueError(
-                    f"priors.q ({self.priors.q}) reaches outside the deflection table [{table.q_min}, 1]; "
-                    "truncate the prior or lower deflection_table.q_min"
+        least = self.deflection_table.q_min if self.lens.deflection == "table" else 0.0
+        if self.priors.q is not None and self.priors.q.support[0] < least:
+            found.append(
+                f"priors.q ({self.priors.q}) reaches outside the deflection table [{least}, 1]; "
+                "truncate the prior or lower deflection_table.q_min"
+            )
+        if self.priors.e1 is not None and self.priors.e2 is not None:
+            corner = math.hypot(*(max(map(abs, prior.support)) for prior in (self.priors.e1, self.priors.e2)))
+            if not corner <= (1 - least) / (1 + least):
+                found.append(
+                    f"priors.e1 ({self.priors.e1}) and priors.e2 ({self.priors.e2}) reach an ellipticity of "
+                    f"{corner:.3g}, beyond {(1 - least) / (1 + least):.3g}, the axis ratio {least}; truncate them"
                 )
         if not self.has_mocks and not (self.catalogue.tables or self.catalogue.lenses):
-            raise ValueError("there is nothing to fit: no mocks are taken in, and no tables or lenses are given")
-        return self
+            found.append("there is nothing to fit: no mocks are taken in, and no tables or lenses are given")
+        return found
 
     @property
     def has_mocks(self) -> bool:
@@ -414,33 +445,41 @@ class Config(Section):
 def load_config(source: str | Path | dict[str, Any]) -> Config:
     """Read settings from a YAML file, from inline YAML or JSON that starts with `{`, or from a dict.
 
+    Inline text may be a part of a run's settings, what one stage needs: sections are then not held against each other.
     Raises ConfigError naming every bad key, what was found and what was expected.
     """
     if isinstance(source, dict):
-        return _validated(source, "config")
+        return _validated(source, "config", whole=True)
     text = str(source)
     if text.lstrip().startswith("{"):
-        return _validated(yaml.safe_load(text), "config")
+        return _validated(_parsed(text, "config"), "config", whole=False)
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
+    return _validated(_parsed(path.read_text(), str(path)), str(path), whole=True)
+
+
+def _parsed(text: str, origin: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
-        data = {}
+        return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected sections with keys, found {type(data).__name__}")
-    return _validated(data, str(path))
+        raise ConfigError(f"{origin}: expected sections with keys, found {type(data).__name__}")
+    return data
 
 
-def _validated(data: dict[str, Any], origin: str) -> Config:
+def _validated(data: dict[str, Any], origin: str, *, whole: bool) -> Config:
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
+        problems = config.conflicts() if whole else []
     except ValidationError as error:
-        lines = [f"  {_explain(e)}" for e in error.errors()]
-        raise ConfigError("\n".join([f"{origin}: {len(lines)} bad setting(s)", *lines])) from None
+        problems = [_explain(e) for e in error.errors()]
+    if problems:
+        raise ConfigError("\n".join([f"{origin}: {len(problems)} bad setting(s)", *(f"  {p}" for p in problems)]))
+    return config
 
 
 def _explain(error: Any) -> str:

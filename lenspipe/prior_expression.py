@@ -35,8 +35,8 @@ class PriorExpression:
 
     def __str__(self) -> str:
         if self.distribution == "Fixed":
-            return f"{self.arguments[0]:g}"
-        return f"{self.distribution}({', '.join(f'{a:g}' for a in self.arguments)})"
+            return _exact(self.arguments[0])
+        return f"{self.distribution}({', '.join(map(_exact, self.arguments))})"
 
     def __getattr__(self, name: str) -> float:
         try:
@@ -84,6 +84,11 @@ def parse_prior(text: str | float | int) -> PriorExpression:
     if "low" in named and not named["low"] < named["high"]:
         raise ValueError(f"{text!r}: low ({named['low']:g}) must be below high ({named['high']:g})")
     return prior
+
+
+def _exact(number: float) -> str:
+    """The shortest text that reads back as the number."""
+    return repr(number).removesuffix(".0")
 
 
 def _call(node: ast.expr) -> tuple[str, list[float]]:

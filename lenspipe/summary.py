@@ -40,11 +40,21 @@ def write_summary(settings: Summary, paths: Results) -> None:
     table = table[[*first, *(column for column in table.columns if column not in first)]]
     record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
     out = paths.summary
-    with artefact.written_whole(out) as csv, artefact.written_whole(out.with_name("provenance.json")) as provenance:
+    with (
+        artefact.written_whole(out) as csv,
+        artefact.written_whole(out.with_suffix(".fits")) as fits,
+        artefact.written_whole(out.with_name("provenance.json")) as provenance,
+    ):
         table.to_csv(csv, index=False)
+        Table.from_pandas(table.assign(**{name: ascii_text(table[name]) for name in first[:5]})).write(
+            fits, format="fits"
+        )
         artefact.write_json(provenance, record)
-    with artefact.written_whole(out.with_suffix(".fits")) as temporary:
-        Table.from_pandas(table.astype({"reason": str, "flags": str})).write(temporary, format="fits")
+
+
+def ascii_text(column: pd.Series) -> pd.Series:
+    """Text as FITS can hold it: other characters as escapes such as \\xe9."""
+    return column.astype(str).map(lambda text: text.encode("ascii", "backslashreplace").decode())
 
 
 def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:

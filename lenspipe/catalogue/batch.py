@@ -39,6 +39,7 @@ class LensBatch:
         A wide pixel holds the mean of its four, and is usable where all four are. Its noise is that of independent
         pixels. The PSF is that of light spread evenly over a wide pixel.
         """
+        unit = self.flux_unit[:, None, None]  # squares of fluxes in cgs units underflow
         ky, kx = self.psf.shape[-2:]
         psf = pad(self.psf, (2 - kx // 2 % 2, 3, 2 - ky // 2 % 2, 3))[:, None]  # centre on an even pixel
         triangle = torch.tensor([0.5, 1.0, 0.5], dtype=psf.dtype)
@@ -49,7 +50,7 @@ class LensBatch:
         return replace(
             self,
             image=avg_pool2d(self.image, 2),
-            noise=avg_pool2d(self.noise.square(), 2).sqrt() / 2,
+            noise=unit * avg_pool2d((self.noise / unit).square(), 2).sqrt() / 2,
             usable=avg_pool2d(self.usable.float(), 2) == 1,
             psf=pad(spread, (*around[1], *around[0])),
             pixel_scale=2 * self.pixel_scale,

@@ -50,10 +50,14 @@ def read_lens(
     if not usable.any():
         raise InputError(f"{mask_path}: every pixel is masked")
     usable &= noise < NOISE_MASKED * np.median(noise[usable])
+    if not usable.any():
+        raise InputError(f"{noise_path}: no pixel has a finite noise")
     image, noise = np.where(usable, image, 0.0), np.where(usable, noise, 1.0)
     if not np.isfinite(psf).all() or psf.sum() <= 0:
         raise InputError(f"{psf_path}: the PSF must be finite with a sum above zero, found a sum of {psf.sum():g}")
     unit = float(gaussian_filter(image, 1.0).max()) if flux_unit is None else flux_unit
+    if not unit > 0 and flux_unit is not None:
+        raise InputError(f"flux_unit must be above zero, found {flux_unit:g}")
     if not unit > 0:
         raise InputError(f"{image_path}: no light above zero in the usable pixels")
     return LensImage(image, noise, usable, psf / psf.sum(), unit, signal_to_noise(image, noise, usable))
@@ -68,7 +72,7 @@ def read_image(path: Path) -> NDArray[np.float64]:
             for hdu in hdus:
                 if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and hdu.header["NAXIS"] == 2:
                     return np.asarray(hdu.data, dtype=np.float64)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a readable FITS file ({error}); it may be truncated, fetch it again") from None
     raise InputError(f"{path}: no two-dimensional image in this FITS file")
 

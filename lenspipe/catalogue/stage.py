@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from lenspipe.config import Catalogue, expand_path
 from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
 
+AS_WRITTEN: Any = {"keep_default_na": False, "na_values": [""]}  # for read_csv: a lens may be called NA
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 
 
@@ -72,7 +74,9 @@ def read_catalogue(out: Path) -> pd.DataFrame:
     path = out.with_name("lenses.csv")
     if not path.is_file():
         raise InputError(f"{path}: no lens catalogue here; run the stage catalogue first")
-    table = pd.read_csv(path, dtype={"name": str, "origin": str, "status": str, "reason": str, "bucket": str})
+    table = pd.read_csv(
+        path, dtype={"name": str, "origin": str, "status": str, "reason": str, "bucket": str}, **AS_WRITTEN
+    )
     return table.fillna({"origin": "", "reason": "", "bucket": ""})
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from lenspipe.config import Catalogue, Config, ObservedLens, expand_path
+from lenspipe.config import NAME, Catalogue, Config, ObservedLens, expand_path
 from lenspipe.errors import ConfigError, InputError
 
 REQUIRED = ("name", "pixel_scale", "image", "noise", "psf")
@@ -41,6 +44,17 @@ def count_shards(config: Config) -> int:
     return -(-count_lenses(config) // config.fit.shard_size)
 
 
+def outside_files(config: Config) -> list[Path]:
+    """Files that the settings name: galaxies, tables of lenses, lenses written in config; not those that tables name.
+
+    Raises ConfigError where a path has a variable of the environment that is not set.
+    """
+    galaxies = [path for source in config.galaxies.inputs for path in source.files]
+    lenses = config.catalogue.lenses
+    images = [path for lens in lenses for path in (lens.image, lens.noise, lens.psf, lens.mask) if path]
+    return [expand_path(path) for path in (*galaxies, *config.catalogue.tables, *images)]
+
+
 def read_entries(settings: Catalogue, mocks: Path | None) -> list[Entry]:
     """All lenses of the catalogue; `mocks` is the folder of the stage `mocks`, where they are taken in.
 
@@ -62,19 +76,20 @@ def _entries(settings: Catalogue, mocks: Path | None) -> Iterator[Entry]:
 
 def _table_entries(path: Path, origin: str) -> Iterator[Entry]:
     for row in _read_table(path).to_dict("records"):
-        filled = {key: value for key, value in row.items() if value == value and value != ""}
-        image, noise, psf = (expand_path(str(filled.get(kind, "")), path.parent) for kind in ("image", "noise", "psf"))
+        filled = {str(key): str(value) for key, value in row.items() if str(value) != ""}
+        image, noise, psf = (expand_path(filled.get(kind, ""), path.parent) for kind in ("image", "noise", "psf"))
         mask = filled.get("mask")
+        truths = {key: value for key, value in filled.items() if key.startswith("true_")}
         yield Entry(
-            str(filled["name"]),
+            filled["name"],
             float(filled["pixel_scale"]),
             image,
             noise,
             psf,
-            mask=expand_path(str(mask), path.parent) if mask else None,
+            mask=expand_path(mask, path.parent) if mask else None,
             flux_unit=float(filled["flux_unit"]) if "flux_unit" in filled else None,
             origin=origin,
-            truth={k.removeprefix("true_"): float(v) for k, v in filled.items() if k.startswith("true_")},
+            truth={key.removeprefix("true_"): float(value) for key, value in truths.items()},
         )
 
 
@@ -85,17 +100,36 @@ def _config_entry(lens: ObservedLens) -> Entry:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """A CSV or ECSV table of lenses. Raises InputError for a missing file or column, or a bad pixel scale."""
+    """A CSV or ECSV table of lenses, all cells as text, empty ones as "".
+
+    Raises InputError for a missing file or column, a bad name and a cell that should be a number and is none.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such table of lenses")
-    table = pd.read_csv(path, comment="#", dtype={"name": str}, sep=None, engine="python")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+        text = io.StringIO("\n".join(lines))
+        table = pd.read_csv(text, dtype=str, keep_default_na=False, sep=None, engine="python", skipinitialspace=True)
+    except (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path}: not a table of lenses in UTF-8 text with a line of column names ({error})") from None
     missing = [column for column in REQUIRED if column not in table.columns]
     if missing:
         raise InputError(f"{path}: missing column(s) {', '.join(missing)}; found {', '.join(table.columns)}")
-    scale = pd.to_numeric(table["pixel_scale"], errors="coerce")
-    if not (scale > 0).all():
-        bad = table["name"][~(scale > 0)].iloc[0]
-        raise InputError(f"{path}: lens {bad}: pixel_scale must be a number of arcsec above zero")
+    for line, name in enumerate(table["name"], 1):
+        if not re.fullmatch(NAME, name):
+            raise InputError(f"{path}: lens {line} has the name {name!r}; use letters, digits and _ . + - alone")
+    for column in table.columns:
+        if column in ("pixel_scale", "flux_unit") or column.startswith("true_"):
+            number = pd.to_numeric(table[column], errors="coerce")
+            bad = number.isna() & (table[column] != "")
+            if column == "pixel_scale":
+                bad |= ~(number > 0)
+            if column == "flux_unit":
+                bad |= number <= 0
+            if bad.any():
+                name, found = table.loc[bad.idxmax(), ["name", column]]
+                above = "" if column.startswith("true_") else " above zero"
+                raise InputError(f"{path}: lens {name}: {column} must be a number{above}, found {found!r}")
     return table
 
 

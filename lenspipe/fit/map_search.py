@@ -60,7 +60,7 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:
     """[start, size]: named parameters from the prior, the first at its median; latents at zero."""
-    w = torch.zeros(starts, model.size)
+    w = torch.zeros(starts, model.size, dtype=model.data.dtype)
     named = len(model.priors.free)
     w[1:, :named] = torch.randn(starts - 1, named, generator=generator)
     return w
@@ -70,8 +70,8 @@ def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[
     """At most `steps` damped Gauss-Newton steps with the noise multiplied by `temperature`.
 
     Every lens has its own damping: a step that does not raise its log posterior is undone and the damping grows
-    fourfold, otherwise it shrinks threefold. Returns w [lens, size], log posterior [lens] and the gain of the last
-    step accepted [lens].
+    fourfold, otherwise it shrinks threefold; one that has converged stays where it is. Returns w [lens, size], log
+    posterior [lens] and the gain of the last step accepted [lens].
     """
     identity = torch.eye(model.size, dtype=torch.float64)
     w = w.clone()
@@ -84,7 +84,7 @@ def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[
     for _ in range(steps + 1):
         chi2, d_chi2, hessian_chi2 = model.normal_equations(proposal)
         proposed = -0.5 * (chi2 / temperature**2 + proposal.double().square().sum(-1))
-        better = proposed > value
+        better = (proposed > value) & (gain >= CONVERGED)
         gain = torch.where(better, proposed - value, gain)
         damping = torch.where(better, damping / 3, damping * 4).clamp(1e-6, 1e8)
         row = better[:, None]

@@ -7,10 +7,11 @@ shard's manifest with its reason; the rest of its batch is fitted without it.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import pandas as pd
 import torch
 import xarray as xr
 import zarr
-from dask.distributed import Client, LocalCluster, as_completed
+from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Config, load_config
 from lenspipe.deflection_table import read_optics
+from lenspipe.errors import InputError
 from lenspipe.fit import hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
@@ -55,8 +57,11 @@ def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> N
 
     workers: processes that fit batches side by side, one thread each; 1 fits in this process.
     """
-    size = config.fit.shard_size
-    lenses = read_catalogue(paths.catalogue).iloc[shard * size : (shard + 1) * size]
+    size, catalogue = config.fit.shard_size, read_catalogue(paths.catalogue)
+    shards = -(-len(catalogue) // size)
+    if not 0 <= shard < shards:
+        raise InputError(f"no shard {shard}: the catalogue {paths.catalogue} has {shards}, the first is 0")
+    lenses = catalogue.iloc[shard * size : (shard + 1) * size]
     tasks = list(_tasks(config, paths, lenses))
     fitted: dict[str, list[xr.Dataset]] = {}
     reasons = dict(zip(lenses["name"], lenses["reason"], strict=True))
@@ -75,6 +80,14 @@ def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> N
             {"name": n, "status": "failed" if reason else "fitted", "reason": reason} for n, reason in reasons.items()
         ]
         pd.DataFrame(rows).to_csv(manifest, index=False)
+    _remove_shards_beyond(shards, out.parent)
+
+
+def _remove_shards_beyond(shards: int, folder: Path) -> None:
+    """Remove what an earlier run of more lenses or smaller shards left: it would be read with the new ones."""
+    for path in folder.glob("shard-*"):
+        if int(path.stem.split("-")[1]) >= shards:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _tasks(config: Config, paths: Results, lenses: pd.DataFrame) -> Iterator[Task]:
@@ -88,32 +101,54 @@ def _tasks(config: Config, paths: Results, lenses: pd.DataFrame) -> Iterator[Tas
 Result = tuple[Task, list[xr.Dataset], dict[str, str]]
 
 
-def _run(tasks: list[Task], workers: int) -> Iterator[Result]:
+def _run(tasks: list[Task], workers: int, work: Callable[[Task], Result] | None = None) -> Iterator[Result]:
+    """Results of all tasks as they come. The lenses of a batch whose workers died are tried again, one by one."""
+    work = work or fit_task
     if workers == 1 or len(tasks) < 2:
-        yield from map(fit_task, tasks)
+        yield from map(work, tasks)
         return
     settings = {
-        "distributed.worker.memory.terminate": 0.95,
         "distributed.scheduler.allowed-failures": 2,
         "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
     }
     with (
         dask.config.set(settings),
-        LocalCluster(n_workers=min(workers, len(tasks)), threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=min(workers, len(tasks)), threads_per_worker=1, memory_limit=0, dashboard_address=None
+        ) as cluster,
         Client(cluster) as client,
     ):
         client.wait_for_workers(min(workers, len(tasks)))
-        futures = dict(zip(client.map(fit_task, tasks, pure=False, retries=1), tasks, strict=True))
-        for future in as_completed(futures):
-            if future.status == "error":
-                task = futures[future]
-                yield task, [], dict.fromkeys(task.names, f"the worker died or failed: {future.exception()!r}")
-            else:
+        futures = dict(zip(client.map(work, tasks, pure=False), tasks, strict=True))
+        waiting = as_completed(futures)
+        for future in waiting:
+            task, error = futures[future], future.exception()
+            if error is None:
                 yield future.result()
+            elif not isinstance(error, KilledWorker):
+                raise error
+            elif len(task.names) == 1:
+                yield (
+                    task,
+                    [],
+                    {task.names[0]: "every worker that fitted it died; it may need more memory than there is"},
+                )
+            else:
+                for alone in _one_by_one(task):
+                    again = client.submit(work, alone, pure=False)
+                    futures[again] = alone
+                    waiting.add(again)
+
+
+def _one_by_one(task: Task) -> list[Task]:
+    return [replace(task, names=(name,)) for name in task.names]
 
 
 def fit_task(task: Task) -> Result:
-    """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it."""
+    """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it.
+
+    Only numerical errors are a lens's own; others, of files and settings, are raised.
+    """
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
@@ -121,7 +156,7 @@ def fit_task(task: Task) -> Result:
     except (RuntimeError, ValueError, ArithmeticError) as error:
         if len(task.names) == 1:
             return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    alone = [fit_task(Task(task.config, task.paths, task.bucket, (name,))) for name in task.names]
+    alone = [fit_task(one) for one in _one_by_one(task)]
     failures = {name: reason for _, _, failed in alone for name, reason in failed.items()}
     return task, [dataset for _, datasets, _ in alone for dataset in datasets], failures
 

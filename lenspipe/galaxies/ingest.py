@@ -48,7 +48,8 @@ def ingest(settings: Galaxies, survey: Path | None, out: Path, seed: int) -> Non
     Raises InputError for inputs that are missing or broken, and where no galaxy, or none of a split, is left.
     """
     paths = [input_path(source, survey) for source in settings.inputs]
-    tallies = [Tally(input_label(source, path)) for source, path in zip(settings.inputs, paths, strict=True)]
+    labels = unique([input_label(source, path) for source, path in zip(settings.inputs, paths, strict=True)])
+    tallies = [Tally(label) for label in labels]
     splits = dict.fromkeys(SPLITS, 0)
     with written_whole(out) as store, written_whole(out.with_name("cuts.csv")) as table:
         galaxies = kept_galaxies(settings, paths, tallies, seed)
@@ -106,6 +107,13 @@ def input_label(source: GalaxyInput, path: Path) -> str:
         return "survey"
     name = f"{path.parent.name}/{path.name}"
     return name if isinstance(source, RealGalaxyCatalogInput) else f"{name}:{source.key}"
+
+
+def unique(labels: list[str]) -> list[str]:
+    """Labels of which the second and later of the same name carry a number."""
+    return [
+        f"{label} ({labels[: i + 1].count(label)})" if label in labels[:i] else label for i, label in enumerate(labels)
+    ]
 
 
 def read_input(source: GalaxyInput, path: Path) -> Iterator[GalaxyStamp]:

@@ -23,6 +23,7 @@ import pandas as pd
 import xarray as xr
 import zarr
 
+from lenspipe.catalogue.stage import AS_WRITTEN
 from lenspipe.errors import InputError
 
 LENS_PARAMETERS = ("theta_E", "gamma", "q", "phi", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2")
@@ -47,7 +48,7 @@ def read_manifests(fit: Path) -> pd.DataFrame:
     manifests = sorted(fit.glob("shard-*.csv"))
     if not manifests:
         raise InputError(f"{fit}: no manifest of a shard here; run the stage fit first")
-    tables = [pd.read_csv(path, dtype={"name": str, "status": str, "reason": str}) for path in manifests]
+    tables = [pd.read_csv(path, dtype={"name": str, "status": str, "reason": str}, **AS_WRITTEN) for path in manifests]
     return pd.concat(tables, ignore_index=True).fillna({"reason": ""})
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import read_batch, read_catalogue
+from lenspipe.catalogue.stage import AS_WRITTEN, read_batch, read_catalogue
 from lenspipe.config import Report
 from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import open_galaxies
@@ -113,7 +113,9 @@ def read_summary(path: Path) -> pd.DataFrame:
     """The rows of the stage `summary`, with `anchor`, a lens's place in the page. Raises InputError where missing."""
     if not path.is_file():
         raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
-    table = pd.read_csv(path, dtype={"name": str, "status": str, "flags": str, "reason": str, "origin": str})
+    table = pd.read_csv(
+        path, dtype={"name": str, "status": str, "flags": str, "reason": str, "origin": str}, **AS_WRITTEN
+    )
     table = table.fillna({"flags": "", "reason": "", "origin": ""})
     return table.assign(anchor=[f"lens-{row}" for row in range(len(table))])
 

@@ -50,6 +50,29 @@ def test_good_lens_is_read_back(folder: Path) -> None:
     assert bool(batch.usable.all())
 
 
+def test_names_and_paths_are_taken_as_they_are(folder: Path) -> None:
+    """A lens named NA, a path with # in it, lines of comment, and an empty cell of an optional column."""
+    (folder / "image.fits").rename(folder / "im#1.fits")
+    text = "# made by hand\n" + HEADER.replace("\n", ",flux_unit\n") + "NA,0.05,im#1.fits,noise.fits,psf.fits,,\n"
+    (folder / "lenses.csv").write_text(text)
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    table = read_catalogue(out)
+    assert table[["name", "status"]].to_numpy().tolist() == [["NA", "usable"]]
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_wide_pixels_of_any_unit(folder: Path, unit: float) -> None:
+    """Noise of independent pixels: half, whatever the unit of the image."""
+    write(folder / "image.fits", unit * fits.getdata(folder / "image.fits"))
+    write(folder / "noise.fits", np.full((20, 24), unit))
+    (folder / "lenses.csv").write_text(HEADER + "a,0.05,image.fits,noise.fits,psf.fits,\n")
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    noise = read_batch(out, read_catalogue(out)["bucket"][0], ["a"], torch.float32).coarse().noise
+    torch.testing.assert_close(noise / unit, torch.full_like(noise, 0.5))
+
+
 def spoil(folder: Path, what: str) -> str:
     image = np.ones((20, 24))
     match what:
@@ -105,10 +128,23 @@ def test_bad_lens_is_a_row(folder: Path, what: str, reason: str) -> None:
         ("name,pixel_scale,image,noise\n", r"lenses.csv: missing column\(s\) psf"),
         (HEADER + "a,zero,i,n,p,\n", "lens a: pixel_scale must be a number"),
         (HEADER + "a,0.1,i,n,p,\na,0.1,i,n,p,\n", "lens a occurs twice"),
+        (HEADER + ",0.1,i,n,p,\n", r"lenses.csv: lens 1 has the name ''; use letters"),
+        (HEADER + "a/b,0.1,i,n,p,\n", r"lens 1 has the name 'a/b'"),
+        (
+            "name,pixel_scale,image,noise,psf,flux_unit\na,0.1,i,n,p,abc\n",
+            "flux_unit must be .* above zero, found 'abc'",
+        ),
+        (
+            "name,pixel_scale,image,noise,psf,flux_unit\na,0.1,i,n,p,0\n",
+            "lens a: flux_unit must be a number above zero",
+        ),
+        ("name,pixel_scale,image,noise,psf,true_q\na,0.1,i,n,p,?\n", "lens a: true_q must be a number, found"),
+        ("", "lenses.csv: not a table of lenses"),
+        (HEADER + "caf\xe9,0.1,i,n,p,\n", "not a table of lenses in UTF-8"),
     ],
 )
 def test_bad_table_stops(folder: Path, text: str, message: str) -> None:
-    (folder / "lenses.csv").write_text(text)
+    (folder / "lenses.csv").write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=message):
         write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, folder / "out/c.zarr")
 

@@ -56,6 +56,16 @@ def test_check_config_counts_the_lenses(tmp_path: Path) -> None:
     assert "good; 21 lenses to fit" in checked.output
 
 
+def test_check_config_names_missing_files(tmp_path: Path) -> None:
+    lens = "{name: a, pixel_scale: 0.1, image: absent.fits, noise: n.fits, psf: '${LENSPIPE_NOWHERE}/p.fits'}"
+    (tmp_path / "config.yaml").write_text(f"catalogue: {{lenses: [{lens}]}}\n")
+    checked = lenspipe("check-config", tmp_path / "config.yaml")
+    assert checked.exit_code == 1
+    assert "the environment variable LENSPIPE_NOWHERE is not set" in checked.output
+    (tmp_path / "config.yaml").write_text(f"catalogue: {{lenses: [{lens.replace('${LENSPIPE_NOWHERE}/', '')}]}}\n")
+    assert "absent.fits: no such file" in lenspipe("check-config", tmp_path / "config.yaml").output
+
+
 def test_check_config_names_every_mistake(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("mocks: {sistems: 7}\nfit: {chains: 0}\n")
     checked = lenspipe("check-config", tmp_path / "config.yaml")

@@ -32,7 +32,23 @@ def test_schema_is_the_generated_one() -> None:
     assert (ROOT / "workflow/schemas/config.schema.json").read_text() == json_schema()
 
 
+def test_one_stage_may_have_its_own_sections_alone() -> None:
+    """As the rules hand them on: sections that suit each other only together."""
+    settings = {"deflection_table": {"gamma_max": 2.5}, "priors": {"gamma": "Uniform(1.5, 2.4)"}}
+    part = {"deflection_table": load_config(settings).model_dump(mode="json")["deflection_table"]}
+    assert load_config(json.dumps(part)).deflection_table.gamma_max == 2.5
+    with pytest.raises(ConfigError, match="reaches outside the deflection table"):
+        load_config(part)
+
+
+def test_inline_text_that_is_not_yaml() -> None:
+    with pytest.raises(ConfigError, match="config: not valid YAML"):
+        load_config("{fit: [}")
+
+
 def test_settings_survive_json() -> None:
+    exact = "TruncatedNormal(1.23456789012, 0.1, 0.5, 2)"
+    assert str(parse_prior(exact)) == exact
     config = load_config(ROOT / "workflow/presets/paper.yaml")
     assert load_config(config.model_dump(mode="json")) == config
 
@@ -51,7 +67,18 @@ def test_settings_survive_json() -> None:
         ),
         ({"survey": {"magnitude_bright": 25}}, "magnitude_bright .* must be below magnitude_faint"),
         ({"deflection_table": {"gamma_min": 2.5, "gamma_max": 2.0}}, "gamma_min .* must be below gamma_max"),
-        ({"priors": {"gamma": "Normal(2, 0.5)"}}, "reaches outside the deflection table"),
+        ({"priors": {"gamma": "Normal(2, 0.5)"}}, r"gamma = Normal\(2, 0.5\) reaches outside \[1, 3\]; truncate it"),
+        ({"priors": {"gamma": "Uniform(1.05, 2)"}}, "reaches outside the deflection table"),
+        ({"priors": {"source_size": "Normal(1, 1)"}}, r"source_size = .* reaches outside \[0, inf\]"),
+        (
+            {"priors": {"q": "Uniform(0.05, 1)", "phi": 0}},
+            r"priors.q .* reaches outside the deflection table \[0.1, 1\]",
+        ),
+        ({"priors": {"e1": "Normal(0, 0.1)"}}, "reach an ellipticity of inf, beyond 0.818"),
+        (
+            {"priors": {"e1": "Uniform(-0.9, 0.9)"}, "lens": {"deflection": "series"}},
+            "of 1.01, beyond 1, the axis ratio 0",
+        ),
         ({"priors": {"gamma": "Gauss(2, 0.5)"}}, "unknown distribution 'Gauss'"),
         ({"priors": {"gamma1": "Normal(0)"}}, r"has 1 arguments; expected Normal\(mean, sd\)"),
         ({"priors": {"gamma1": "Uniform(1, 0)"}}, r"low \(1\) must be below high \(0\)"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -13,11 +16,14 @@ from torch import Tensor
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
+from lenspipe.errors import InputError
 from lenspipe.fit import hmc, map_search
 from lenspipe.fit.model import LensModel
+from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
 from lenspipe.image.psf import Convolution, gaussian_kernel
 from lenspipe.image.simulator import Optics
 from lenspipe.prior_map import PriorMap
+from lenspipe.results import Results
 
 NOISE = 0.05
 
@@ -113,10 +119,8 @@ def test_wide_pixels_blur_as_narrow_ones_do(model: tuple[LensModel, Tensor]) -> 
 def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
     lens_model, truth = model
     settings = Fit(starts=6, survivors=2, temperatures=(30.0, 10.0, 3.0, 1.0), steps_per_temperature=6)
-    # the engine draws its starts in float32
-    single = LensModel(lens_model.batch.to(torch.float32), lens_model.priors, lens_model.source, Optics(40))
-    found = map_search.search(single, settings, [torch.Generator().manual_seed(i) for i in range(3)])
-    assert bool((found.log_density > single.log_density(truth.float()) - 1).all())
+    found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
+    assert bool((found.log_density > lens_model.log_density(truth) - 1).all())
     assert bool((torch.linalg.eigvalsh(found.hessian) > 0.99).all())
 
 
@@ -179,14 +183,73 @@ def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, T
 
 
 def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) -> None:
+    """Search and chains, the metric refreshed on the way, in double precision: equal alone and beside others."""
     lens_model, truth = model
-    settings = Fit(chains=2, warmup=20, draws=20)
-    hessian = lens_model.hessian(truth)
+    settings = Fit(
+        starts=4,
+        survivors=2,
+        temperatures=(10.0, 1.0),
+        steps_per_temperature=4,
+        final_steps=6,
+        chains=2,
+        warmup=20,
+        draws=20,
+    )
 
-    def draws(rows: list[int]) -> Tensor:
+    def fit(rows: list[int]) -> tuple[Tensor, Tensor]:
         chosen = torch.tensor(rows)
-        target = lens_model.take(chosen.repeat_interleave(2)).value_and_gradient
+        found = map_search.search(
+            lens_model.take(chosen), settings, [torch.Generator().manual_seed(row) for row in rows]
+        )
+        chains = lens_model.take(chosen.repeat_interleave(2))
+        center, hessian = truth[chosen], lens_model.take(chosen).hessian(truth[chosen])
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        return hmc.sample(target, truth[chosen], hessian[chosen], settings, generators).w
+        drawn = hmc.sample(chains.value_and_gradient, center, hessian, settings, generators, chains.hessian)
+        return found.w, drawn.w
 
-    torch.testing.assert_close(draws([1])[0], draws([2, 0, 1])[2], rtol=1e-6, atol=1e-6)
+    alone, together = fit([1]), fit([2, 0, 1])
+    for one, several in zip(alone, together, strict=True):
+        torch.testing.assert_close(one[0], several[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> None:
+    """However long its neighbour climbs: the steps of a lens are its own."""
+    lens_model, truth = model
+    near, _, _ = map_search.climb(lens_model, truth, 1.0, 40)
+    far = near.clone()
+    far[0] += 0.5
+    beside, _, _ = map_search.climb(lens_model, far, 1.0, 12)
+    alone, _, _ = map_search.climb(lens_model.take(torch.tensor([1])), near[1:2], 1.0, 12)
+    torch.testing.assert_close(beside[1], alone[0], rtol=1e-9, atol=1e-9)
+
+
+def deadly(task: Task) -> Result:
+    """Work that kills its process where a lens is called bad."""
+    if "bad" in task.names:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task, [], dict.fromkeys(task.names, "fitted")
+
+
+def test_a_lens_that_kills_its_workers_is_the_only_one_lost(tmp_path: Path) -> None:
+    tasks = [Task("{}", Results(tmp_path), "b", names) for names in (("a", "bad"), ("c",))]
+    outcome = {name: said for _, _, reasons in _run(tasks, 2, deadly) for name, said in reasons.items()}
+    assert outcome.pop("bad").startswith("every worker that fitted it died")
+    assert outcome == {"a": "fitted", "c": "fitted"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_the_run_is_no_fault_of_the_lenses(workers: int, tmp_path: Path) -> None:
+    """A missing file stops the job, so that it can be mended and run again; it makes no failed rows."""
+    tasks = [Task("{}", Results(tmp_path), "b", (name,)) for name in "ab"]
+    with pytest.raises((InputError, OSError), match=str(tmp_path)):
+        list(_run(tasks, workers))
+
+
+def test_shards_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
+    """Those beyond the last of this run would be read with it."""
+    for shard in range(12):
+        (tmp_path / f"shard-{shard:04d}.csv").touch()
+        (tmp_path / f"shard-{shard:04d}.zarr").mkdir()
+    _remove_shards_beyond(2, tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["shard-0000.csv", "shard-0000.zarr", "shard-0001.csv", "shard-0001.zarr"]

@@ -140,7 +140,8 @@ def test_split_of_an_input_can_be_given(shared_survey: Path, archive: Path, tmp_
     galaxies = xr.open_zarr(tmp_path / "galaxies.zarr", consolidated=False).load()
     label = f"{tmp_path.name}/stamps.npz:f814w"
     assert set(galaxies.split.values[galaxies.input.values == "survey"]) == {"train"}
-    assert galaxies.split.values[galaxies.input.values == label].tolist() == ["test"] * 28 + ["validation"] * 28
+    assert galaxies.split.values[galaxies.input.values == label].tolist() == ["test"] * 28
+    assert galaxies.split.values[galaxies.input.values == f"{label} (2)"].tolist() == ["validation"] * 28
 
 
 def test_random_split_follows_the_fractions_and_only_seed_and_name() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lenspipe.config import Summary
-from lenspipe.summary import diagnostics, find_flags, unwrapped
+from lenspipe.summary import ascii_text, diagnostics, find_flags, unwrapped
 
 GOOD = {
     "pixels": 4096,
@@ -75,3 +76,7 @@ def test_angles_on_both_sides_of_the_wrap_are_brought_together() -> None:
     together = unwrapped(wrapped)
     assert np.ptp(together, axis=(1, 2)).max() < 0.6
     np.testing.assert_allclose(np.sin(together - wrapped), 0, atol=1e-12)
+
+
+def test_text_of_any_language_fits_into_fits() -> None:
+    assert ascii_text(pd.Series(["Caf\xe9/l.csv", "plain"])).tolist() == ["Caf\\xe9/l.csv", "plain"]

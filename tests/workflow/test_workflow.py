@@ -29,7 +29,14 @@ pytestmark = pytest.mark.workflow
 JOBS = Counter(
     dict(survey=1, galaxies=1, source=1, deflection_table=1, mocks=1, catalogue=1, fit=2, summary=1, report=1, all=1)
 )
+FROM_MOCKS = {"mocks", "catalogue", "fit", "summary", "report"}
 DOWNSTREAM = {
+    "galaxies": {"galaxies", "source"} | FROM_MOCKS,
+    "deflection_table": {"deflection_table"} | FROM_MOCKS,
+    "lens": FROM_MOCKS,
+    "priors": FROM_MOCKS,
+    "mocks": FROM_MOCKS,
+    "catalogue": {"catalogue", "fit", "summary", "report"},
     "survey": {"survey", "galaxies", "source", "mocks", "catalogue", "fit", "summary", "report"},
     "source": {"source", "fit", "summary", "report"},
     "fit": {"fit", "summary", "report"},
@@ -37,6 +44,12 @@ DOWNSTREAM = {
     "report": {"report"},
 }
 EDITS = {
+    "galaxies": {"edge_feather": 5},
+    "deflection_table": {"q_nodes": 9},
+    "lens": {"source_interpolation": "bilinear"},
+    "priors": {"gamma": "TruncatedNormal(2, 0.2, 1.4, 2.6)"},
+    "mocks": {"image_size": 34},
+    "catalogue": {"lenses": [{"name": "a", "pixel_scale": 0.1, "image": "i", "noise": "n", "psf": "p"}]},
     "survey": {"galaxies": 91},
     "source": {"epochs": 5},
     "fit": {"draws": 21},
@@ -168,6 +181,18 @@ def test_a_changed_lens_file_reruns_the_catalogue(
     psf = run / "results/mocks/mock-0000-high/psf.fits"
     fits.writeto(psf, 2 * fits.getdata(psf), overwrite=True)
     assert jobs(snakemake(run, *until, config=config).stdout) == Counter(catalogue=1)
+
+
+def test_settings_of_the_command_line_go_over_the_file(tmp_path: Path) -> None:
+    """`--config` alone changes the shipped settings; it does not replace them."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1", "--dry-run"]
+    command += ["--directory", str(tmp_path), "--printshellcmds", "--config", "mocks={systems: 5}"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert '"systems":5' in shown
+    draws = yaml.safe_load((ROOT / "config.yaml").read_text())["fit"]["draws"]
+    assert f'"draws":{draws}' in shown
 
 
 def test_bad_config_stops_before_any_job(tmp_path: Path) -> None:

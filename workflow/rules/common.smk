@@ -63,5 +63,10 @@ def catalogue_inputs():
     """
     mocks = ["results/mocks/lenses.csv"] if settings.has_mocks else []
     lenses = settings.catalogue.lenses
-    images = [path for lens in lenses for path in (lens.image, lens.noise, lens.psf)]
+    images = [
+        path
+        for lens in lenses
+        for path in (lens.image, lens.noise, lens.psf, lens.mask)
+        if path
+    ]
     return mocks + present([*settings.catalogue.tables, *images])

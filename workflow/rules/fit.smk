@@ -17,7 +17,7 @@ rule fit:
         environment
     threads: 8
     resources:
-        mem_mb=4000,
+        mem_mb=lambda wildcards, threads: 1000 + 1300 * threads,
         runtime=720,
     params:
         settings=sections("lens", "priors", "deflection_table", "fit"),
