@@ -79,6 +79,22 @@ def test_python(run: Path) -> None:
     assert "theta_E" in done.stdout
 
 
+def test_page_on_lenses(tmp_path: Path) -> None:
+    """The program of docs/lensing.md draws its picture."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/lensing.md").read_text(), re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment() | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "total magnification 17.3" in done.stdout
+    assert (tmp_path / "lens.png").stat().st_size > 20_000
+
+
 def test_table_of_stages(tiny_run: Path) -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(lenspipe/[\w./]+)` \| (.+?) \|", README, re.MULTILINE)
     rules = sorted(path.stem for path in (ROOT / "workflow/rules").glob("*.smk") if path.stem != "common")

@@ -1,0 +1,178 @@
+"""What follows from the deflection of one lens: magnification, critical curves, caustics, Einstein radius, images.
+
+A deflection is any function of x and y ["], in float64, to its two components ["], such as
+
+    lens = Composite({"": "epl", "shear": "shear"})
+    deflection = lambda x, y: lens.deflection(x, y, parameters)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.measure import find_contours
+from torch import Tensor
+
+from lenspipe.lens.profiles import Vector
+
+Deflection = Callable[[Tensor, Tensor], Vector]
+Curve = NDArray[np.float64]
+NEWTON_STEPS = 8
+POINTS = 300  # of a critical curve, at least
+ON_CURVE = 1e-7  # greatest eigenvalue at a point of a critical curve
+SOLVED = 1e-9  # greatest distance ["] in the source plane between an image, traced back, and its source
+SAME = 1e-5  # images closer than this ["] are one
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of a point source, brightest first: place [image, 2] ["] and signed magnification [image]."""
+
+    positions: Curve
+    magnifications: Curve
+
+
+def jacobian(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries xx, xy, yx, yy of d(source) / d(image) = 1 - d alpha at (x, y), by forward mode."""
+
+    def trace(x: Tensor, y: Tensor) -> Vector:
+        a, b = deflection(x, y)
+        return x - a, y - b
+
+    x, y = x.contiguous(), y.contiguous()
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    along_x, along_y = (torch.func.jvp(trace, (x, y), way)[1] for way in ((one, zero), (zero, one)))
+    return along_x[0], along_y[0], along_x[1], along_y[1]
+
+
+def magnification(deflection: Deflection, x: Tensor, y: Tensor) -> Tensor:
+    """Signed magnification of a point source at image positions (x, y); infinite on a critical curve."""
+    xx, xy, yx, yy = jacobian(deflection, x, y)
+    return 1 / (xx * yy - xy * yx)
+
+
+def eigenvalues(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - kappa - gamma, zero on tangential critical curves, and 1 - kappa + gamma, zero on radial ones.
+
+    Several planes also turn the image: their product is the determinant there too.
+    """
+    xx, xy, yx, yy = jacobian(deflection, x, y)
+    middle = torch.sqrt(((xx + yy) / 2) ** 2 + ((xy - yx) / 2) ** 2) * torch.sign(xx + yy)
+    half = torch.sqrt(((xx - yy) / 2) ** 2 + ((xy + yx) / 2) ** 2 + torch.finfo(x.dtype).tiny)
+    return middle - half, middle + half
+
+
+def critical_curves(deflection: Deflection, half_width: float, pixels: int = 400) -> tuple[list[Curve], list[Curve]]:
+    """Closed tangential and closed radial critical curves [point, 2] ["], longest first.
+
+    Contours of the eigenvalues on a grid over [-half_width, half_width], every point then brought onto the curve by
+    Newton's method. A curve that leaves the field or is smaller than a grid cell is not found; a lens of slope 2 or
+    steeper has no radial one.
+    """
+    axis = torch.linspace(-half_width, half_width, pixels, dtype=torch.float64)
+    y, x = torch.meshgrid(axis + 1e-9, axis + 1e-9, indexing="ij")
+    found: list[list[Curve]] = []
+    for kind, values in enumerate(eigenvalues(deflection, x, y)):
+        field = torch.nan_to_num(values, nan=-1e6, posinf=1e6, neginf=-1e6).clamp(-1e3, 1e3).numpy()
+        cell = 2 * half_width / (pixels - 1)
+        curves = []
+        for contour in find_contours(field, 0.0):
+            if len(contour) > 8 and np.array_equal(contour[0], contour[-1]):
+                rough = _denser(contour[:, ::-1]) * cell - half_width
+                refined = _onto_curve(deflection, kind, rough)
+                if refined is not None and np.abs(refined - rough).max() < cell:
+                    curves.append(refined)
+        found.append(sorted(curves, key=len, reverse=True))
+    return found[0], found[1]
+
+
+def _denser(points: Curve) -> Curve:
+    """At least POINTS points on the same polygon: a small curve in the image is a large one in the source plane."""
+    between = max(1, -(-POINTS // len(points)))
+    at = np.arange((len(points) - 1) * between + 1) / between
+    return np.stack([np.interp(at, np.arange(len(points)), points[:, i]) for i in (0, 1)], 1)
+
+
+def _onto_curve(deflection: Deflection, kind: int, points: Curve) -> Curve | None:
+    """The points moved along the gradient of an eigenvalue to where it is zero; None where that is not reached."""
+    x, y = (torch.from_numpy(points[:, i].copy()) for i in (0, 1))
+    for _ in range(NEWTON_STEPS):
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        with torch.enable_grad():
+            value = eigenvalues(deflection, x, y)[kind]
+            gx, gy = torch.autograd.grad(value.sum(), (x, y))
+        step = value.detach() / (gx**2 + gy**2)
+        x, y = x.detach() - step * gx, y.detach() - step * gy
+    left = eigenvalues(deflection, x, y)[kind].abs().max()
+    return torch.stack([x, y], 1).numpy() if bool(left < ON_CURVE) else None
+
+
+def traced(deflection: Deflection, curve: Curve) -> Curve:
+    """Points [point, 2] ["] of the image plane in the source plane: of a critical curve, its caustic."""
+    x, y = (torch.from_numpy(curve[:, i].copy()) for i in (0, 1))
+    a, b = deflection(x, y)
+    return torch.stack([x - a, y - b], 1).numpy()
+
+
+def enclosed_area(curve: Curve) -> float:
+    """Area within a closed curve ["^2]."""
+    x, y = curve[:, 0], curve[:, 1]
+    return float(abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2)
+
+
+def einstein_radius(deflection: Deflection, half_width: float, pixels: int = 400) -> float:
+    """Radius ["] of the circle with the area of the largest tangential critical curve; NaN where there is none."""
+    tangential, _ = critical_curves(deflection, half_width, pixels)
+    return float(np.sqrt(max(map(enclosed_area, tangential)) / np.pi)) if tangential else float("nan")
+
+
+def image_positions(
+    deflection: Deflection, source: tuple[float, float], half_width: float, pixels: int = 200
+) -> Images:
+    """All images of a point source ["] within [-half_width, half_width], brightest first.
+
+    The grid's triangles are traced to the source plane; those that hold the source start Newton's method. Pairs
+    closer together than a cell of the grid may be missed.
+    """
+    axis = np.linspace(-half_width, half_width, pixels)
+    vertices = np.stack([a.ravel() for a in np.meshgrid(axis, axis + 1e-9)], 1)
+    offset = (traced(deflection, vertices) - np.asarray(source)).reshape(pixels, pixels, 2)
+    corners = offset[:-1, :-1], offset[:-1, 1:], offset[1:, :-1], offset[1:, 1:]
+    inside = _holds_origin(corners[0], corners[1], corners[2]) | _holds_origin(corners[3], corners[1], corners[2])
+    rows, columns = np.nonzero(inside)
+    cell = axis[1] - axis[0]
+    starts = np.stack([axis[columns], axis[rows]], 1) + cell / 2
+    x, y = (torch.from_numpy(starts[:, i].copy()) for i in (0, 1))
+    for _ in range(4 * NEWTON_STEPS):
+        xx, xy, yx, yy = jacobian(deflection, x, y)
+        a, b = deflection(x, y)
+        u, v = x - a - source[0], y - b - source[1]
+        determinant = xx * yy - xy * yx
+        dx, dy = (yy * u - xy * v) / determinant, (xx * v - yx * u) / determinant
+        shrink = (cell / torch.hypot(dx, dy).clamp(min=1e-300)).clamp(max=1.0)
+        x, y = x - shrink * dx, y - shrink * dy
+    ends = torch.stack([x, y], 1).numpy()
+    good = np.hypot(*(traced(deflection, ends) - np.asarray(source)).T) < SOLVED
+    good &= np.abs(ends).max(1) <= half_width + cell
+    kept: list[NDArray[np.float64]] = []
+    for end in ends[good]:
+        if all(np.hypot(*(end - other)) > SAME for other in kept):
+            kept.append(end)
+    positions = np.array(kept).reshape(-1, 2)
+    strength = magnification(deflection, *(torch.from_numpy(positions[:, i].copy()) for i in (0, 1))).numpy()
+    order = np.argsort(-np.abs(strength))
+    return Images(positions[order], strength[order])
+
+
+def _holds_origin(a: NDArray, b: NDArray, c: NDArray) -> NDArray[np.bool_]:
+    """Whether triangles with these corners [..., 2] hold the origin."""
+
+    def cross(p: NDArray, q: NDArray) -> NDArray:
+        return p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0]
+
+    sides = np.stack([cross(a, b), cross(b, c), cross(c, a)])
+    return np.asarray((sides >= 0).all(0) | (sides <= 0).all(0))
