@@ -22,12 +22,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    StringConstraints,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
 from lenspipe.errors import ConfigError
+from lenspipe.lens.parameters import component_parameters
 from lenspipe.prior_expression import PriorExpression, parse_prior
 
 Prior = Annotated[
@@ -202,6 +204,10 @@ class DeflectionTable(Section):
         return self
 
 
+ComponentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*$")]
+MassProfile = Literal["epl", "sie", "sis", "shear", "sheet", "point_mass", "nfw", "tnfw"]
+
+
 class Lens(Section):
     """The forward model, shared by mocks and fits."""
 
@@ -209,6 +215,9 @@ class Lens(Section):
     supersampling: Literal[1, 2, 4] = Field(1, description="rays per pixel side")
     source_interpolation: Literal["bilinear", "bicubic"] = Field(
         "bicubic", description="between the pixels of the decoded source (paper: bilinear)"
+    )
+    components: dict[ComponentName, MassProfile] = Field(
+        {}, description="further deflectors beside the elliptical power law and the shear: name to mass profile"
     )
 
 
@@ -243,6 +252,7 @@ class Priors(Section):
     source_y: Prior = prior("Normal(0, 0.15)", 'centre of the light of the source ["]')
     source_size: Prior = prior("LogNormal(2.0, 0.4)", 'full width s of the 64x64 source image ["] (paper, eq. 15)')
     source_flux: Prior = prior("TruncatedNormal(1.0, 0.5, 0.05, 10)", "peak flux iota [flux unit of the lens]")
+    components: dict[str, Prior] = Field({}, description="of the parameters <name>_<parameter> of lens.components")
 
     @model_validator(mode="before")
     @classmethod
@@ -274,8 +284,9 @@ class Priors(Section):
         return self
 
     def expressions(self) -> dict[str, PriorExpression]:
-        """The priors that are given, by name, in the order of the fields."""
-        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        """The priors that are given, by name, in the order of the fields; those of components last."""
+        named = {name: getattr(self, name) for name in type(self).model_fields if name != "components"}
+        return {name: value for name, value in named.items() if value is not None} | self.components
 
 
 class NoiseLevel(Section):
@@ -407,6 +418,13 @@ class Config(Section):
     def conflicts(self) -> list[str]:
         """What is wrong between sections that are each good by themselves."""
         found = []
+        wanted, given = set(component_parameters(self.lens.components)), set(self.priors.components)
+        if missing := sorted(wanted - given):
+            found.append(f"priors.components: no prior of {', '.join(missing)}, which lens.components needs")
+        if unknown := sorted(given - wanted):
+            found.append(f"priors.components: {', '.join(unknown)}: no such parameter of lens.components")
+        if taken := sorted(wanted & set(Priors.model_fields)):
+            found.append(f"lens.components: {', '.join(taken)} would be two of one name; rename the component")
         if self.lens.deflection == "table":
             table, gamma = self.deflection_table, self.priors.gamma.support
             if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:

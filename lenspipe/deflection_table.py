@@ -16,6 +16,7 @@ from lenspipe.config import DeflectionTable as Settings
 from lenspipe.errors import InputError
 from lenspipe.image.simulator import Optics
 from lenspipe.lens.epl import series_deflection, series_terms
+from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import DeflectionTable, build_table
 
 
@@ -49,10 +50,11 @@ def read_deflection_table(path: Path) -> DeflectionTable:
 def read_optics(config: Config, path: Path, dtype: torch.dtype) -> Optics:
     """The forward model that config asks for; the table at `path` is read only where it is wanted."""
     if config.lens.deflection == "table":
-        table = read_deflection_table(path).to(dtype=dtype)
-        return Optics(table, config.lens.supersampling, config.lens.source_interpolation)
-    terms = series_terms(config.deflection_table.q_min)
-    return Optics(terms, config.lens.supersampling, config.lens.source_interpolation)
+        deflection: DeflectionTable | int = read_deflection_table(path).to(dtype=dtype)
+    else:
+        deflection = series_terms(config.deflection_table.q_min)
+    components = Composite(config.lens.components) if config.lens.components else None
+    return Optics(deflection, config.lens.supersampling, config.lens.source_interpolation, components)
 
 
 def measure_error(table: DeflectionTable, points: int = 400) -> dict[str, float]:

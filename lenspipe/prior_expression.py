@@ -39,6 +39,8 @@ class PriorExpression:
         return f"{self.distribution}({', '.join(map(_exact, self.arguments))})"
 
     def __getattr__(self, name: str) -> float:
+        if name.startswith("__") or name in ("distribution", "arguments"):  # a copy in the making has neither yet
+            raise AttributeError(name)
         try:
             return self.arguments[ARGUMENTS[self.distribution].index(name)]
         except (KeyError, ValueError):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
-from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, open_groups, read_manifests
+from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, open_groups, parameter_names, read_manifests
 from lenspipe.results import Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
@@ -61,13 +61,14 @@ def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
     """Rows of all lenses of one group of the store."""
     names = group["name"].to_numpy().tolist()
     columns: dict[str, NDArray] = {}
-    draws = {name: group[name].to_numpy().astype(float) for name in PARAMETERS}
-    draws["phi"] = unwrapped(draws["phi"])
+    draws = {name: group[name].to_numpy().astype(float) for name in parameter_names(group)}
+    draws |= {name: unwrapped(values) for name, values in draws.items() if is_angle(name)}
     for name, values in draws.items():
         p16, median, p84 = np.percentile(values, [16, 50, 84], axis=(1, 2))
         columns |= {f"{name}_median": median, f"{name}_p16": p16, f"{name}_p84": p84}
         columns[f"{name}_map"] = group[f"{name}_map"].to_numpy()
-    columns |= diagnostics({name: draws[name] for name in DIAGNOSED})
+    further = [name for name in draws if name not in PARAMETERS and not is_angle(name)]
+    columns |= diagnostics({name: draws[name] for name in (*DIAGNOSED, *further)})
     columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
     for name in ("chi2_per_pixel", "pixels", "converged", "seconds"):
         columns[name] = group[name].to_numpy()
@@ -111,6 +112,11 @@ def find_flags(row: dict[str, float], draws: int, settings: Summary) -> list[str
         "map_not_converged": bool(row["converged"]),
     }
     return [name for name, good in passed.items() if not good]
+
+
+def is_angle(name: str) -> bool:
+    """Whether a parameter is a position angle, the main lens's or a component's."""
+    return name == "phi" or name.endswith("_phi")
 
 
 def unwrapped(phi: NDArray) -> NDArray:

@@ -114,7 +114,7 @@ def _run(tasks: list[Task], workers: int, work: Callable[[Task], Result] | None 
     with (
         dask.config.set(settings),
         LocalCluster(
-            n_workers=min(workers, len(tasks)), threads_per_worker=1, memory_limit=0, dashboard_address=None
+            n_workers=min(workers, len(tasks)), threads_per_worker=1, memory_limit=0, dashboard_address=":0"
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -12,7 +12,7 @@ from lenspipe.image.psf import Convolution
 from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.lens.coordinates import axis_ratio, pixel_grid, rotate, theta_E_from_r_Ein
 from lenspipe.lens.epl import series_deflection
-from lenspipe.lens.profiles import shear_deflection
+from lenspipe.lens.profiles import Composite, shear_deflection
 from lenspipe.lens.table import DeflectionTable
 
 Parameters = dict[str, Tensor]
@@ -33,12 +33,13 @@ class Optics:
     """What of the forward model does not depend on the lens.
 
     deflection: the table, or the number of terms of the series; supersampling: rays per pixel side; interpolation:
-    between source pixels.
+    between source pixels; components: deflectors beside the elliptical power law and the shear.
     """
 
     deflection: DeflectionTable | int
     supersampling: int = 1
     interpolation: str = "bicubic"
+    components: Composite | None = None
 
 
 class Simulator:
@@ -55,7 +56,7 @@ class Simulator:
         self.convolution = Convolution(psf, shape)
 
     def deflection(self, p: Parameters) -> tuple[Tensor, Tensor]:
-        """Deflection ["] of the main lens and the external shear (paper, eq. 10): two [lens, ny s, nx s]."""
+        """Deflection ["] of the main lens, the shear (paper, eq. 10) and the components: two [lens, ny s, nx s]."""
         x, y = (axis.flatten(1) for axis in (self.x, self.y))
         column = {name: value[:, None] for name, value in p.items()}
         x_major, y_major = rotate(x - column["center_x"], y - column["center_y"], column["phi"])
@@ -68,8 +69,12 @@ class Simulator:
             )
         main = rotate(theta_E * unit[0], theta_E * unit[1], -column["phi"])
         shear = shear_deflection(x, y, column["gamma1"], column["gamma2"])
+        total = main[0] + shear[0], main[1] + shear[1]
+        if self.optics.components is not None:
+            further = self.optics.components.deflection(x, y, column)
+            total = total[0] + further[0], total[1] + further[1]
         shape = self.x.shape[1:]
-        return (main[0] + shear[0]).unflatten(1, shape), (main[1] + shear[1]).unflatten(1, shape)
+        return total[0].unflatten(1, shape), total[1].unflatten(1, shape)
 
     def source_points(self, p: Parameters, centre: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Where the rays meet the source image, in units of its width (paper, eqs. 6, 17): two [lens, ny s, nx s].

@@ -15,6 +15,7 @@ from torch import Tensor
 from lenspipe.lens import halo
 from lenspipe.lens.coordinates import rotate
 from lenspipe.lens.epl import convergence, series_deflection
+from lenspipe.lens.parameters import MASS_PROFILES, component_parameters, qualified
 
 Vector = tuple[Tensor, Tensor]
 NEAR_ROUND = 0.03  # below which series in the squared eccentricity are used
@@ -149,38 +150,30 @@ def _centred(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Profile:
-    """A mass profile: names of its parameters and its functions of (x, y, **parameters).
+    """The functions of (x, y, **parameters) of a mass profile; potential: none where it has no closed form."""
 
-    potential: none where it has no closed form.
-    """
-
-    parameters: tuple[str, ...]
     deflection: Callable[..., Vector]
     convergence: Callable[..., Tensor]
     potential: Callable[..., Tensor] | None
 
 
-CENTER = ("center_x", "center_y")
 PROFILES: dict[str, Profile] = {
-    "epl": Profile(("theta_E", "gamma", "q", "phi", *CENTER), epl_deflection, epl_convergence, epl_potential),
-    "sie": Profile(("theta_E", "q", "phi", *CENTER), sie_deflection, sie_convergence, sie_potential),
-    "sis": Profile(("theta_E", *CENTER), sis_deflection, sis_convergence, sis_potential),
-    "shear": Profile(("gamma1", "gamma2"), shear_deflection, _nowhere, shear_potential),
-    "sheet": Profile(("kappa",), sheet_deflection, lambda x, y, kappa: kappa + 0 * x, sheet_potential),
+    "epl": Profile(epl_deflection, epl_convergence, epl_potential),
+    "sie": Profile(sie_deflection, sie_convergence, sie_potential),
+    "sis": Profile(sis_deflection, sis_convergence, sis_potential),
+    "shear": Profile(shear_deflection, _nowhere, shear_potential),
+    "sheet": Profile(sheet_deflection, lambda x, y, kappa: kappa + 0 * x, sheet_potential),
     "point_mass": Profile(
-        ("theta_E", *CENTER),
         _centred(halo.point_mass_deflection),  # type: ignore[arg-type]
         _nowhere,
         _centred(halo.point_mass_potential),
     ),
     "nfw": Profile(
-        ("alpha_Rs", "Rs", *CENTER),
         _centred(halo.nfw_deflection),  # type: ignore[arg-type]
         _centred(halo.nfw_convergence),
         _centred(halo.nfw_potential),
     ),
     "tnfw": Profile(
-        ("alpha_Rs", "Rs", "r_trunc", *CENTER),
         _centred(halo.tnfw_deflection),  # type: ignore[arg-type]
         _centred(halo.tnfw_convergence),
         None,
@@ -206,9 +199,7 @@ class Composite:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of all parameters."""
-        return tuple(
-            self._name(component, name) for component, p in self.profiles.items() for name in PROFILES[p].parameters
-        )
+        return component_parameters(self.profiles)
 
     def deflection(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor]) -> Vector:
         """Sum of the deflections ["]; x, y and parameters broadcastable."""
@@ -232,8 +223,4 @@ class Composite:
         return total
 
     def _own(self, component: str, profile: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: parameters[self._name(component, name)] for name in PROFILES[profile].parameters}
-
-    @staticmethod
-    def _name(component: str, parameter: str) -> str:
-        return f"{component}_{parameter}" if component else parameter
+        return {name: parameters[qualified(component, name)] for name in MASS_PROFILES[profile]}

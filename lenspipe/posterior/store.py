@@ -81,11 +81,17 @@ def posterior(fit: str | Path, name: str) -> xr.DataTree:
     raise InputError(f"no lens {name} in {fit}; the first of its {len(manifest)} lenses is {manifest.index[0]}")
 
 
+def parameter_names(group: xr.Dataset) -> list[str]:
+    """Names of the parameters in a group or a posterior: those of every lens, then others, such as of components."""
+    chained = {str(name) for name, variable in group.items() if set(variable.dims) <= {"lens", "chain", "draw"}}
+    chained = {name for name in chained if {"chain", "draw"} <= set(group[name].dims)} - set(STATISTICS)
+    return [*(name for name in PARAMETERS if name in chained), *sorted(chained - set(PARAMETERS))]
+
+
 def _tree(lens: xr.Dataset) -> xr.DataTree:
     coordinates = {dim: range(lens.sizes[dim]) for dim in ("chain", "draw")}
     chained = [str(name) for name, variable in lens.items() if {"chain", "draw"} <= set(variable.dims)]
-    others = sorted(set(chained) - {*PARAMETERS, *STATISTICS})
-    parameters = [*(name for name in PARAMETERS if name in chained), *others]
+    parameters = [*parameter_names(lens), "latent"]
     groups = {
         "posterior": lens[parameters].assign_coords(coordinates),
         "sample_stats": lens[list(STATISTICS)].assign_coords(coordinates).rename(ARVIZ_NAMES),

@@ -31,7 +31,7 @@ from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.galaxies.ingest import SPLITS
 from lenspipe.image.source_plane import light_centre
-from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, posterior
+from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, parameter_names, posterior
 from lenspipe.report import figures
 from lenspipe.results import Results
 from lenspipe.source.prior import read_source_prior
@@ -345,6 +345,7 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
     tree = posterior(paths.fit, name)
     draws = tree["posterior"].to_dataset()
     draws["phi"] = (("chain", "draw"), unwrapped(draws["phi"].to_numpy()[None].astype(float))[0])
+    further = [n for n in parameter_names(draws) if n not in PARAMETERS]
     images = tree["images"]
     truths = known_truths(row)
     panels = {
@@ -353,7 +354,7 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
         "corner": figures.corner_plot(
             {n: draws[n].to_numpy() for n in CORNER}, {n: truths[n] for n in CORNER if n in truths}
         ),
-        "chains": figures.chains_plot({n: draws[n].to_numpy() for n in TRACED if n in draws}),
+        "chains": figures.chains_plot({n: draws[n].to_numpy() for n in (*TRACED, *further)}),
     }
     return {
         **{key: row[key] for key in ("name", "anchor", "status", "origin")},
@@ -385,7 +386,8 @@ def diagnostics_table(row: dict[str, Any], statistics: Any, images: Any) -> Tabl
 
 def known_truths(row: dict[str, Any]) -> dict[str, float]:
     """True parameters of a lens; phi is moved to the half turn of the posterior."""
-    truths = {name: float(row.get(f"true_{name}", math.nan)) for name in PARAMETERS}
+    further = [key.removeprefix("true_") for key in row if key.startswith("true_")]
+    truths = {name: float(row.get(f"true_{name}", math.nan)) for name in (*PARAMETERS, *further)}
     truths["phi"] = float(near(truths["phi"], row["phi_median"])) if math.isfinite(truths["phi"]) else math.nan
     return {name: value for name, value in truths.items() if math.isfinite(value)}
 
@@ -418,7 +420,7 @@ def source_extent(x: float, y: float, size: float) -> figures.Extent:
 
 def posterior_table(draws: xr.Dataset, row: dict[str, Any], truths: dict[str, float]) -> Table:
     """ArviZ's summary of the lens and source parameters, with MAP and truth."""
-    names = [name for name in PARAMETERS if name in draws]
+    names = parameter_names(draws)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = arviz_stats.summary(xr.DataTree.from_dict({"posterior": draws[names]}), round_to="none")

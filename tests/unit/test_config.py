@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 import yaml
 
-from lenspipe.config import Config, expand_path, json_schema, load_config
+from lenspipe.config import Config, MassProfile, expand_path, json_schema, load_config
 from lenspipe.errors import ConfigError
+from lenspipe.lens.parameters import MASS_PROFILES
 from lenspipe.prior_expression import parse_prior
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,17 @@ def test_shipped_files_fit_the_schema(path: Path) -> None:
 
 def test_schema_is_the_generated_one() -> None:
     assert (ROOT / "workflow/schemas/config.schema.json").read_text() == json_schema()
+
+
+def test_names_of_mass_profiles_are_those_there_are() -> None:
+    assert get_args(MassProfile) == tuple(MASS_PROFILES)
+
+
+def test_components_have_their_priors_after_the_others() -> None:
+    halo = {"halo_alpha_Rs": "Uniform(0, 0.1)", "halo_Rs": 0.2, "halo_center_x": 0.5, "halo_center_y": "Normal(0, 1)"}
+    config = load_config({"lens": {"components": {"halo": "nfw"}}, "priors": {"components": halo}})
+    assert list(config.priors.expressions())[-4:] == list(halo)
+    assert load_config(config.model_dump(mode="json")) == config
 
 
 def test_one_stage_may_have_its_own_sections_alone() -> None:
@@ -85,6 +98,14 @@ def test_settings_survive_json() -> None:
         ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),
         ({"fit": {"temperatures": [10, 3]}}, "last of temperatures must be 1"),
         ({"mocks": {"systems": 0}}, "nothing to fit"),
+        ({"lens": {"components": {"halo": "nfv"}}}, r"lens.components.halo: Input should be 'epl', 'sie'"),
+        ({"lens": {"components": {"Halo 1": "nfw"}}}, "lens.components.Halo 1"),
+        ({"lens": {"components": {"far": "sheet"}}}, "no prior of far_kappa, which lens.components needs"),
+        ({"priors": {"components": {"far_kappa": 0.1}}}, "far_kappa: no such parameter of lens.components"),
+        (
+            {"lens": {"components": {"theta": "sis"}}, "priors": {"components": {"theta_theta_E": 1}}},
+            "no prior of theta_center_x, theta_center_y",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:

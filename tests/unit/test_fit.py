@@ -22,10 +22,19 @@ from lenspipe.fit.model import LensModel
 from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
 from lenspipe.image.psf import Convolution, gaussian_kernel
 from lenspipe.image.simulator import Optics
+from lenspipe.lens.profiles import Composite
+from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 
 NOISE = 0.05
+HALO = {
+    "halo_Rs": "0.3",
+    "halo_r_trunc": "1",
+    "halo_center_x": "0.8",
+    "halo_center_y": "0.4",
+    "halo_alpha_Rs": "Normal(0.1, 0.05)",
+}
 
 
 class Blobs(torch.nn.Module):
@@ -86,6 +95,27 @@ def test_jacobian_equals_autograd(model: tuple[LensModel, Tensor]) -> None:
     for lens in range(3):
         torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(residuals, lens_model.residuals(truth).flatten(1))
+
+
+def test_components_are_part_of_the_model(model: tuple[LensModel, Tensor]) -> None:
+    """A subhalo beside the main lens: the Jacobian has its columns, and without mass it changes nothing."""
+    lens_model, truth = model
+    halo = {name: parse_prior(text) for name, text in HALO.items()}
+    priors = PriorMap(Config().priors.expressions() | halo)
+    optics = replace(lens_model.optics, components=Composite({"halo": "tnfw"}))
+    wider = LensModel(lens_model.batch, priors, lens_model.source, optics)
+    w = torch.zeros(3, wider.size, dtype=torch.float64)
+    named, latent = lens_model.split(truth)
+    w[:, : named.shape[1]], w[:, -latent.shape[1] :] = named, latent
+    assert wider.priors.free[-1] == "halo_alpha_Rs"
+    residuals, jacobian = wider.linearise(w)
+    full = torch.autograd.functional.jacobian(lambda w: wider.residuals(w).flatten(1), w)
+    for lens in range(3):
+        torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-7, atol=1e-7)
+    assert float((residuals - lens_model.residuals(truth).flatten(1)).abs().max()) > 0.1
+    massless = PriorMap(priors.priors | {"halo_alpha_Rs": parse_prior(0.0)})
+    same = LensModel(lens_model.batch, massless, lens_model.source, optics)
+    torch.testing.assert_close(same.residuals(truth), lens_model.residuals(truth))
 
 
 def test_gradient_follows_from_the_jacobian(model: tuple[LensModel, Tensor]) -> None:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lenspipe.config import load_config
 from tests.conftest import ROOT, TINY, environment
 
 pytestmark = pytest.mark.workflow
@@ -77,6 +79,14 @@ def test_python(run: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "theta_E" in done.stdout
+
+
+def test_settings_shown() -> None:
+    """Every piece of settings is good by itself."""
+    pieces = blocks("yaml")
+    assert len(pieces) == 2
+    for piece in pieces:
+        load_config(yaml.safe_load(piece))
 
 
 def test_page_on_lenses(tmp_path: Path) -> None:

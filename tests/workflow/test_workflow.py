@@ -183,6 +183,24 @@ def test_a_changed_lens_file_reruns_the_catalogue(
     assert jobs(snakemake(run, *until, config=config).stdout) == Counter(catalogue=1)
 
 
+def test_a_further_deflector_goes_through_the_run(tiny_run: Path, tmp_path: Path) -> None:
+    """Mocks are lensed by it, its parameters are fitted, summarised and reported beside their truth."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = yaml.safe_load(TINY.read_text())
+    config["lens"] = {"components": {"far": "sis"}}
+    place = {"far_center_x": 1.2, "far_center_y": "Normal(0.8, 0.05)"}
+    config["priors"] = {"components": {"far_theta_E": "Uniform(0.05, 0.15)", **place}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    done = snakemake(run, config=tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    lenses = pd.read_csv(run / "results/summary/lenses.csv")
+    assert lenses["true_far_theta_E"].between(0.05, 0.15).all()
+    assert lenses["far_theta_E_median"].between(0.05, 0.15).all()
+    assert (lenses["far_theta_E_p84"] > lenses["far_theta_E_p16"]).all()
+    assert (lenses["far_center_x_median"] == np.float32(1.2)).all()
+    assert "far_center_y" in (run / "results/report/report.html").read_text()
+
+
 def test_settings_of_the_command_line_go_over_the_file(tmp_path: Path) -> None:
     """`--config` alone changes the shipped settings; it does not replace them."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1", "--dry-run"]
