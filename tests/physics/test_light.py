@@ -1,0 +1,86 @@
+"""Light profiles against lenstronomy and closed forms; amplitudes against a known mixture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lenstronomy.LightModel.light_model import LightModel
+from scipy.special import gamma as gamma_function
+from scipy.special import gammainc
+from torch import Tensor
+
+from lenspipe.image import light
+
+
+def real(*values: float) -> list[Tensor]:
+    return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+
+@pytest.fixture
+def points() -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, 300, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return x, y
+
+
+@pytest.mark.parametrize("n", [0.5, 1.0, 4.0, 6.0])
+def test_half_the_light_is_within_the_sersic_radius(n: float) -> None:
+    assert gammainc(2 * n, float(light.sersic_b(*real(n)))) == pytest.approx(0.5, abs=2e-4)
+
+
+@pytest.mark.parametrize("n", [1.0, 4.0])
+def test_sersic_against_lenstronomy(n: float, points: tuple[Tensor, Tensor]) -> None:
+    """The same shape; lenstronomy's b_n is a rougher approximation, 1.9992 n - 0.3271."""
+    q, phi = 0.6, 0.4
+    ours = light.sersic(*points, *real(2.0, 0.8, n, q, phi, 0.1, -0.2))
+    e = (1 - q) / (1 + q)
+    theirs = LightModel(["SERSIC_ELLIPSE"]).surface_brightness(
+        *(axis.numpy() for axis in points),
+        [
+            {
+                "amp": 2.0,
+                "R_sersic": 0.8,
+                "n_sersic": n,
+                "e1": e * np.cos(2 * phi),
+                "e2": e * np.sin(2 * phi),
+                "center_x": 0.1,
+                "center_y": -0.2,
+            }
+        ],
+    )
+    shapes = torch.log(ours / 2) / light.sersic_b(*real(n)), np.log(theirs / 2) / (1.9992 * n - 0.3271)
+    np.testing.assert_allclose(shapes[0].numpy(), shapes[1], rtol=1e-5, atol=1e-5)
+
+
+def test_flux_of_the_profiles() -> None:
+    """Summed over a fine grid: 1 for the Gaussian, the closed form for the exponential."""
+    axis = torch.linspace(-8, 8, 1601, dtype=torch.float64)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    cell = 0.01**2
+    assert float(light.gaussian(x, y, *real(1.0, 0.7, 0.5, 0.3, 0.2, 0.1)).sum() * cell) == pytest.approx(1, abs=1e-6)
+    total = float(light.sersic(x, y, *real(1.0, 0.5, 1.0, 0.7, 0.3, 0.0, 0.0)).sum() * cell)
+    b = float(light.sersic_b(*real(1.0)))
+    assert total == pytest.approx(2 * np.pi * 0.5**2 * np.exp(b) * b**-2 * gamma_function(2), rel=1e-4)
+
+
+def test_gradients_at_the_centre_are_finite() -> None:
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    y = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    brightness = light.sersic(x, y, *real(1.0, 0.5, 4.0, 0.7, 0.3, 0.0, 0.0))
+    assert all(bool(torch.isfinite(g).all()) for g in torch.autograd.grad(brightness.sum(), (x, y)))
+
+
+def test_amplitudes_of_a_mixture() -> None:
+    """Three Gaussians with noise: within five standard errors of the covariance; masked pixels do not count."""
+    axis = torch.linspace(-2, 2, 40, dtype=torch.float64)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    columns = torch.stack([light.gaussian(x, y, *real(1.0, sd, 0.8, 0.3, 0.1, 0.0)) for sd in (0.2, 0.5, 1.1)])[None]
+    truth = torch.tensor([[3.0, 1.0, 5.0]], dtype=torch.float64)
+    noise = 0.05 * torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    data = torch.einsum("lk,lkyx->lyx", truth, columns) + noise
+    weight = torch.full_like(data, 1 / 0.05)
+    data[0, :3], weight[0, :3] = 1e6, 0.0
+    found, covariance = light.linear_amplitudes(columns, data, weight)
+    assert bool(((found - truth).abs() < 5 * covariance.diagonal(dim1=1, dim2=2).sqrt()).all())
+    with pytest.raises(torch.linalg.LinAlgError):
+        light.linear_amplitudes(columns[:, [0, 0]], data, weight)
