@@ -73,11 +73,11 @@ class DeflectionTable:
         tiny = torch.finfo(x.dtype).tiny ** 0.5
         eta = torch.atan2(y.abs(), x.abs() + tiny) * (n_eta / (torch.pi / 2))
         cell = eta.detach().long().clamp(0, n_eta - 1)
-        t = (eta - cell)[..., None]
-        c = functional.embedding(cell + lenses * n_eta, pieces.flatten(0, 1)).unflatten(-1, (2, 4))
-        unit = c[..., 0] + t * (c[..., 1] + t * (c[..., 2] + t * c[..., 3]))
+        t = eta - cell
+        c = functional.embedding(cell + lenses * n_eta, pieces.flatten(0, 1)).unbind(-1)
+        major, minor = (c[k] + t * (c[k + 1] + t * (c[k + 2] + t * c[k + 3])) for k in (0, 4))
         scale = (x**2 + y**2 + tiny) ** (1 - gamma / 2)[:, None]
-        return scale * unit[..., 0] * x.sign(), scale * unit[..., 1] * y.sign()
+        return scale * major * x.sign(), scale * minor * y.sign()
 
 
 def build_table(
