@@ -5,7 +5,10 @@ SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 
 .PHONY: run test test-all lint report clean
 
+# A killed run leaves Snakemake's lock behind; it is taken away where no Snakemake runs on this machine.
 run: .venv/installed
+	@if [ -n "$$(ls .snakemake/locks 2>/dev/null)" ] && command -v pgrep >/dev/null && ! pgrep -f '[b]in/snakemake' >/dev/null; \
+	then $(BIN)/python -m snakemake --cores 1 --unlock; fi
 	$(SNAKEMAKE) --profile workflow/profiles/local
 	@echo "report: $(CURDIR)/results/report/report.html"
 
