@@ -54,3 +54,23 @@ def r_Ein_from_theta_E(theta_E: Tensor, q: Tensor) -> Tensor:
 def wrap_angle(angle: Tensor) -> Tensor:
     """The same axis with its angle in (-pi/2, pi/2]."""
     return math.pi / 2 - torch.remainder(math.pi / 2 - angle, math.pi)
+
+
+def theta_E_from_pyautolens(einstein_radius: Tensor, gamma: Tensor, q: Tensor) -> Tensor:
+    """The Einstein radius on the intermediate axis from PyAutoLens' `einstein_radius` of its PowerLaw."""
+    return torch.sqrt(q) * (2 / (1 + q)) ** (1 / (gamma - 1)) * einstein_radius
+
+
+def pyautolens_from_theta_E(theta_E: Tensor, gamma: Tensor, q: Tensor) -> Tensor:
+    """PyAutoLens' `einstein_radius` from the Einstein radius on the intermediate axis."""
+    return theta_E / torch.sqrt(q) * ((1 + q) / 2) ** (1 / (gamma - 1))
+
+
+def phi_from_coolest(angle: Tensor) -> Tensor:
+    """phi [rad] in (-pi/2, pi/2] from COOLEST's position angle [deg], counter-clockwise from +y."""
+    return wrap_angle(torch.deg2rad(angle) + math.pi / 2)
+
+
+def coolest_from_phi(phi: Tensor) -> Tensor:
+    """COOLEST's position angle [deg] in (-90, 90], counter-clockwise from +y, from phi [rad]."""
+    return torch.rad2deg(wrap_angle(phi - math.pi / 2))

@@ -14,10 +14,14 @@ from lenspipe.deflection_table import measure_error
 from lenspipe.lens import epl
 from lenspipe.lens.coordinates import (
     axis_ratio,
+    coolest_from_phi,
     ellipticity,
+    phi_from_coolest,
     pixel_grid,
+    pyautolens_from_theta_E,
     r_Ein_from_theta_E,
     rotate,
+    theta_E_from_pyautolens,
     theta_E_from_r_Ein,
     wrap_angle,
 )
@@ -124,6 +128,23 @@ def test_conversions_go_both_ways() -> None:
     torch.testing.assert_close(again[1], phi)
     torch.testing.assert_close(theta_E_from_r_Ein(r_Ein_from_theta_E(phi, q), q), phi)
     torch.testing.assert_close(wrap_angle(phi + 3 * math.pi), phi)
+
+
+def test_pyautolens_radius_gives_the_same_mass() -> None:
+    """Its PowerLaw: kappa = (3 - gamma)/(1 + q) (b / xi)^(gamma - 1), xi^2 = x^2 + y^2 / q^2."""
+    q, gamma, b = real(0.6), real(2.3), real(1.4)
+    x, y = torch.randn(2, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    theirs = (3 - gamma) / (1 + q) * (b / torch.sqrt(x**2 + y**2 / q**2)) ** (gamma - 1)
+    theta_E = theta_E_from_pyautolens(b, gamma, q)
+    torch.testing.assert_close(epl.convergence(x, y, theta_E, gamma, q), theirs, rtol=1e-13, atol=0)
+    torch.testing.assert_close(pyautolens_from_theta_E(theta_E, gamma, q), b, rtol=1e-14, atol=0)
+
+
+def test_coolest_angles_are_from_the_y_axis() -> None:
+    degrees = torch.tensor([0.0, 90.0, -45.0, 30.0], dtype=torch.float64)
+    radians = torch.tensor([math.pi / 2, 0.0, math.pi / 4, -math.pi / 3], dtype=torch.float64)
+    torch.testing.assert_close(phi_from_coolest(degrees), radians)
+    torch.testing.assert_close(coolest_from_phi(radians), degrees)
 
 
 def test_paper_radius_is_on_the_major_axis() -> None:
