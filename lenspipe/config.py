@@ -338,6 +338,11 @@ class ObservedLens(Section):
     flux_unit: Positive | None = Field(None, description="image units per unit of source_flux; none: from the image")
     truth: dict[str, float] = Field({}, description="true values of parameters, where they are known")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files from outside that it names."""
+        return tuple(path for path in (self.image, self.noise, self.psf, self.mask) if path)
+
 
 class Catalogue(Section):
     """The lens catalogue (stage `catalogue`): mocks and observed lenses, in one format."""
@@ -423,8 +428,6 @@ class Config(Section):
             found.append(f"priors.components: no prior of {', '.join(missing)}, which lens.components needs")
         if unknown := sorted(given - wanted):
             found.append(f"priors.components: {', '.join(unknown)}: no such parameter of lens.components")
-        if taken := sorted(wanted & set(Priors.model_fields)):
-            found.append(f"lens.components: {', '.join(taken)} would be two of one name; rename the component")
         if self.lens.deflection == "table":
             table, gamma = self.deflection_table, self.priors.gamma.support
             if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:

@@ -56,8 +56,6 @@ def read_lens(
     if not np.isfinite(psf).all() or psf.sum() <= 0:
         raise InputError(f"{psf_path}: the PSF must be finite with a sum above zero, found a sum of {psf.sum():g}")
     unit = float(gaussian_filter(image, 1.0).max()) if flux_unit is None else flux_unit
-    if not unit > 0 and flux_unit is not None:
-        raise InputError(f"flux_unit must be above zero, found {flux_unit:g}")
     if not unit > 0:
         raise InputError(f"{image_path}: no light above zero in the usable pixels")
     return LensImage(image, noise, usable, psf / psf.sum(), unit, signal_to_noise(image, noise, usable))

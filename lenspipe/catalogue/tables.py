@@ -49,10 +49,8 @@ def outside_files(config: Config) -> list[Path]:
 
     Raises ConfigError where a path has a variable of the environment that is not set.
     """
-    galaxies = [path for source in config.galaxies.inputs for path in source.files]
-    lenses = config.catalogue.lenses
-    images = [path for lens in lenses for path in (lens.image, lens.noise, lens.psf, lens.mask) if path]
-    return [expand_path(path) for path in (*galaxies, *config.catalogue.tables, *images)]
+    named = (path for entry in (*config.galaxies.inputs, *config.catalogue.lenses) for path in entry.files)
+    return [expand_path(path) for path in (*named, *config.catalogue.tables)]
 
 
 def read_entries(settings: Catalogue, mocks: Path | None) -> list[Entry]:

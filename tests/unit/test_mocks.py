@@ -37,6 +37,12 @@ def test_noise_that_is_not_known_is_estimated() -> None:
     np.testing.assert_allclose(denoised(noisy, 0.0), denoised(noisy, 0.05), atol=0.1)
 
 
+def test_an_image_without_noise_is_left_as_it_is() -> None:
+    flat = np.zeros((64, 64))
+    flat[20:40, 20:40] = 3.0
+    np.testing.assert_array_equal(denoised(flat, 0.0), flat / 3)
+
+
 @pytest.mark.parametrize("sd", [3.0, 6.0])
 def test_extent_of_a_gaussian(sd: float) -> None:
     """90 % of a round Gaussian is within sd sqrt(2 ln 10)."""

@@ -62,11 +62,5 @@ def catalogue_inputs():
     Not the images that a table names: they may be hundreds of thousands.
     """
     mocks = ["results/mocks/lenses.csv"] if settings.has_mocks else []
-    lenses = settings.catalogue.lenses
-    images = [
-        path
-        for lens in lenses
-        for path in (lens.image, lens.noise, lens.psf, lens.mask)
-        if path
-    ]
+    images = [path for lens in settings.catalogue.lenses for path in lens.files]
     return mocks + present([*settings.catalogue.tables, *images])
