@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from lenspipe.errors import ConfigError
-from lenspipe.lens.parameters import component_parameters
+from lenspipe.lens.parameters import LIGHT_PROFILES, SERIES_Q_MIN, component_parameters
 from lenspipe.prior_expression import PriorExpression, parse_prior
 
 Prior = Annotated[
@@ -206,6 +206,20 @@ class DeflectionTable(Section):
 
 ComponentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*$")]
 MassProfile = Literal["epl", "sie", "sis", "shear", "sheet", "point_mass", "nfw", "tnfw"]
+LightProfile = Literal["sersic", "gaussian"]
+Redshift = Annotated[float, Field(gt=0, le=20)]
+
+
+class Component(Section):
+    """A deflector beside the main lens; written as the profile's name alone where it is at the main lens's redshift."""
+
+    profile: MassProfile = Field(description="mass profile")
+    redshift: Redshift | None = Field(None, description="where it is on the line of sight; none: with the main lens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, data: Any) -> Any:
+        return {"profile": data} if isinstance(data, str) else data
 
 
 class Lens(Section):
@@ -216,9 +230,34 @@ class Lens(Section):
     source_interpolation: Literal["bilinear", "bicubic"] = Field(
         "bicubic", description="between the pixels of the decoded source (paper: bilinear)"
     )
-    components: dict[ComponentName, MassProfile] = Field(
+    components: dict[ComponentName, Component] = Field(
         {}, description="further deflectors beside the elliptical power law and the shear: name to mass profile"
     )
+    redshift: Redshift | None = Field(None, description="of the main lens; needed where a component has one")
+    source_redshift: Redshift | None = Field(None, description="of the source; needed where a component has one")
+    cosmology: Literal["WMAP9", "Planck13", "Planck15", "Planck18"] = Field(
+        "Planck18", description="astropy's cosmology of the distances between redshifts"
+    )
+    light: dict[ComponentName, LightProfile] = Field(
+        {}, description="light of the lens galaxy: name to light profile; the sum of all"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Lens:
+        placed = {name: c.redshift for name, c in self.components.items() if c.redshift is not None}
+        if not placed:
+            return self
+        if self.redshift is None or self.source_redshift is None:
+            raise ValueError(f"redshift and source_redshift are needed, since {', '.join(placed)} has a redshift")
+        for name, redshift in (placed | {"redshift": self.redshift}).items():
+            if redshift >= self.source_redshift:
+                raise ValueError(f"{name} ({redshift:g}) is not in front of source_redshift ({self.source_redshift:g})")
+        return self
+
+    @property
+    def mass_profiles(self) -> dict[str, str]:
+        """Component to mass profile."""
+        return {name: component.profile for name, component in self.components.items()}
 
 
 DOMAINS = {
@@ -252,7 +291,9 @@ class Priors(Section):
     source_y: Prior = prior("Normal(0, 0.15)", 'centre of the light of the source ["]')
     source_size: Prior = prior("LogNormal(2.0, 0.4)", 'full width s of the 64x64 source image ["] (paper, eq. 15)')
     source_flux: Prior = prior("TruncatedNormal(1.0, 0.5, 0.05, 10)", "peak flux iota [flux unit of the lens]")
+    background: Prior | None = Field(None, description="level of the background [flux unit]; none: zero")
     components: dict[str, Prior] = Field({}, description="of the parameters <name>_<parameter> of lens.components")
+    light: dict[str, Prior] = Field({}, description="of the parameters <name>_<parameter> of lens.light")
 
     @model_validator(mode="before")
     @classmethod
@@ -284,16 +325,19 @@ class Priors(Section):
         return self
 
     def expressions(self) -> dict[str, PriorExpression]:
-        """The priors that are given, by name, in the order of the fields; those of components last."""
-        named = {name: getattr(self, name) for name in type(self).model_fields if name != "components"}
-        return {name: value for name, value in named.items() if value is not None} | self.components
+        """The priors that are given, by name, in the order of the fields; those of components and light last."""
+        named = {name: getattr(self, name) for name in type(self).model_fields if name not in ("components", "light")}
+        return {name: value for name, value in named.items() if value is not None} | self.components | self.light
 
 
 class NoiseLevel(Section):
     """One noise level of the mocks."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="goes into the mocks' names")
-    sd: Positive = Field(description="pixel noise [flux unit; a source peaks at source_flux]")
+    sd: Positive = Field(description="noise of the background [flux unit; a source peaks at source_flux]")
+    counts: Positive | None = Field(
+        None, description="electrons for one flux unit, of which the photon noise is; none: no photon noise"
+    )
 
 
 class Mocks(Section):
@@ -423,11 +467,15 @@ class Config(Section):
     def conflicts(self) -> list[str]:
         """What is wrong between sections that are each good by themselves."""
         found = []
-        wanted, given = set(component_parameters(self.lens.components)), set(self.priors.components)
-        if missing := sorted(wanted - given):
-            found.append(f"priors.components: no prior of {', '.join(missing)}, which lens.components needs")
-        if unknown := sorted(given - wanted):
-            found.append(f"priors.components: {', '.join(unknown)}: no such parameter of lens.components")
+        mass = component_parameters(self.lens.mass_profiles)
+        light = component_parameters(self.lens.light, LIGHT_PROFILES)
+        for kind, needed, priors in (("components", mass, self.priors.components), ("light", light, self.priors.light)):
+            if missing := sorted(set(needed) - set(priors)):
+                found.append(f"priors.{kind}: no prior of {', '.join(missing)}, which lens.{kind} needs")
+            if unknown := sorted(set(priors) - set(needed)):
+                found.append(f"priors.{kind}: {', '.join(unknown)}: no such parameter of lens.{kind}")
+        if both := sorted(set(mass) & set(light)):
+            found.append(f"lens.components and lens.light both have {', '.join(both)}; give one of them another name")
         if self.lens.deflection == "table":
             table, gamma = self.deflection_table, self.priors.gamma.support
             if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:
@@ -435,7 +483,7 @@ class Config(Section):
                     f"priors.gamma ({self.priors.gamma}) reaches outside the deflection table "
                     f"[{table.gamma_min}, {table.gamma_max}]; truncate the prior or widen deflection_table"
                 )
-        least = self.deflection_table.q_min if self.lens.deflection == "table" else 0.0
+        least = self.deflection_table.q_min if self.lens.deflection == "table" else SERIES_Q_MIN
         if self.priors.q is not None and self.priors.q.support[0] < least:
             found.append(
                 f"priors.q ({self.priors.q}) reaches outside the deflection table [{least}, 1]; "

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lenspipe import artefact
 from lenspipe.config import Config, Mocks
-from lenspipe.deflection_table import read_optics
 from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.image.noise import noise_map
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
 from lenspipe.lens.coordinates import ellipticity
+from lenspipe.optics import read_optics
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
@@ -122,9 +123,10 @@ def _write_system(
         name = f"mock-{system:04d}-{level.name}"
         place = folder / name
         place.mkdir()
-        noisy = clean + level.sd * torch.randn(n, n, generator=generator, dtype=torch.float64)
+        sd = torch.from_numpy(noise_map(clean.numpy(), level.sd, level.counts))
+        noisy = clean + sd * torch.randn(n, n, generator=generator, dtype=torch.float64)
         _write_fits(place / "image.fits", noisy, scale)
-        _write_fits(place / "noise.fits", torch.full((n, n), level.sd), scale)
+        _write_fits(place / "noise.fits", sd, scale)
         _write_fits(place / "psf.fits", torch.from_numpy(kernel), scale)
         _write_fits(place / "source.fits", torch.from_numpy(source), truth["true_source_size"] / len(source))
         paths = {kind: f"{name}/{kind}.fits" for kind in ("image", "noise", "psf")}

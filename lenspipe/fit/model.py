@@ -121,7 +121,22 @@ class LensModel:
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
         of_latents = self.simulator.rays((u, v), d_source)
         of_latents += along_u[:, None] * d_centre_u[..., None, None] + along_v[:, None] * d_centre_v[..., None, None]
-        images = self.simulator.observe(torch.cat([(flux * rays)[:, None], of_named, flux[:, None] * of_latents], 1))
+        total = flux * rays
+        if self.optics.light is not None:
+
+            def light(named: Tensor) -> tuple[Tensor, ...]:
+                return (self.simulator.lens_light(self.parameters(named)),)  # type: ignore[return-value]
+
+            total = total + light(named)[0]
+            of_named = of_named + pushed_forward(light, named)[0]
+        images = self.simulator.observe(torch.cat([total[:, None], of_named, flux[:, None] * of_latents], 1))
+        if "background" in self.priors.priors:
+
+            def background(named: Tensor) -> tuple[Tensor]:
+                return (self.priors(named)["background"],)
+
+            images[:, 0] += background(named)[0][:, None, None]
+            images[:, 1 : 1 + named.shape[1]] += pushed_forward(background, named)[0][..., None, None]
         jacobian = images[:, 1:] * self.weight[:, None]
         residuals = (images[:, 0] - self.data) * self.weight
         return residuals.flatten(1), jacobian.flatten(2).transpose(1, 2)

@@ -27,12 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Config, load_config
-from lenspipe.deflection_table import read_optics
 from lenspipe.errors import InputError
 from lenspipe.fit import hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import keep_freed_memory
+from lenspipe.optics import read_optics
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for

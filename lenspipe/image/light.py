@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lenspipe.lens.coordinates import rotate
+from lenspipe.lens.parameters import LIGHT_PROFILES, component_parameters, qualified
 
 
 def elliptical_radius(x: Tensor, y: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor) -> Tensor:
@@ -36,14 +40,56 @@ def sersic_b(n: Tensor) -> Tensor:
 
 
 def gaussian(
-    x: Tensor, y: Tensor, flux: Tensor, sd: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor
+    x: Tensor, y: Tensor, amplitude: Tensor, sd: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor
 ) -> Tensor:
-    """Gaussian of total flux `flux` and standard deviation `sd` ["] on the intermediate axis; per square arcsec.
+    """Gaussian: `amplitude` at its centre, standard deviation `sd` ["] on the intermediate axis.
 
-    A galaxy as a set of Gaussians (Cappellari 2002) is their sum, linear in the fluxes.
+    A galaxy as a set of Gaussians (Cappellari 2002) is their sum, linear in the amplitudes; the flux of each is
+    2 pi sd^2 amplitude.
     """
-    radius2 = elliptical_radius(x, y, q, phi, center_x, center_y) ** 2
-    return flux / (2 * torch.pi * sd**2) * torch.exp(-radius2 / (2 * sd**2))
+    radius = elliptical_radius(x, y, q, phi, center_x, center_y)
+    return amplitude * torch.exp(-((radius / sd) ** 2) / 2)
+
+
+PROFILES: dict[str, Callable[..., Tensor]] = {"sersic": sersic, "gaussian": gaussian}
+
+
+@dataclass(frozen=True)
+class Light:
+    """Light profiles that add, by the names of their components, such as {"bulge": "sersic", "disc": "sersic"}.
+
+    The parameters of a component are named `<component>_<parameter>`, as in `Composite`. Raises ValueError for a
+    profile that is not known.
+    """
+
+    profiles: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.profiles.values()) - PROFILES.keys()):
+            raise ValueError(f"no light profile {', '.join(unknown)}; there are {', '.join(PROFILES)}")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters."""
+        return component_parameters(self.profiles, LIGHT_PROFILES)
+
+    def brightness(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the surface brightnesses; x, y ["] and parameters broadcastable."""
+        total = torch.zeros_like(x)
+        for component, profile in self.profiles.items():
+            total = total + PROFILES[profile](x, y, **self._own(component, profile, parameters))
+        return total
+
+    def columns(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Each component with amplitude 1, for `linear_amplitudes`: x, y [lens, ...] to [lens, component, ...]."""
+        parts = []
+        for component, profile in self.profiles.items():
+            own = self._own(component, profile, parameters)
+            parts.append(PROFILES[profile](x, y, **own | {"amplitude": torch.ones_like(own["amplitude"])}))
+        return torch.stack(parts, dim=1)
+
+    def _own(self, component: str, profile: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: parameters[qualified(component, name)] for name in LIGHT_PROFILES[profile]}
 
 
 def linear_amplitudes(columns: Tensor, data: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Signal-to-noise of a lensed image, as the paper defines it."""
+"""Noise of an image, and its signal-to-noise as the paper defines it."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def signal_to_noise(image: np.ndarray, noise: np.ndarray, usable: np.ndarray, sm
     """
     member = usable & (gaussian_filter(np.where(usable, image, 0.0), smoothing) > noise)
     return float((image[member] / noise[member]).sum() / np.sqrt(max(member.sum(), 1)))
+
+
+def noise_map(image: np.ndarray, background_sd: float, counts: float | None) -> np.ndarray:
+    """Standard deviation of every pixel of an image without noise: that of the background, and of the photons.
+
+    counts: electrons for one unit of the image, gain times exposure time; none: no photon noise.
+    """
+    photons = np.clip(image, 0, None) / counts if counts else 0.0
+    return np.sqrt(background_sd**2 + photons + np.zeros_like(image))

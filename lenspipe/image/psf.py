@@ -7,6 +7,9 @@ import scipy.fft
 import torch
 from scipy.special import ndtr
 from torch import Tensor
+from torch.nn import functional
+
+DIRECT = 7  # greatest side of a kernel [px] that is applied without FFT
 
 
 def gaussian_kernel(sd: float, radius: int | None = None) -> np.ndarray:
@@ -22,21 +25,35 @@ def gaussian_kernel(sd: float, radius: int | None = None) -> np.ndarray:
 
 
 class Convolution:
-    """Convolution of images [lens, ..., ny, nx] with one kernel per lens [lens, ky, kx], by FFT with zero padding.
+    """Convolution of images [lens, ..., ny, nx] with one kernel per lens [lens, ky, kx], with zero padding.
 
     The kernel's centre is its pixel [ky // 2, kx // 2]. Light from outside the image is not there to be blurred in.
+    Small kernels are applied directly, larger ones by FFT; the choice is the kernel's alone.
     """
 
     def __init__(self, kernel: Tensor, shape: tuple[int, int]):
         ky, kx = kernel.shape[-2:]
-        self.shape = shape
+        self.shape, self.kernel = shape, kernel
+        self.direct = max(ky, kx) <= DIRECT
         self.padded = tuple(scipy.fft.next_fast_len(n + k - 1, real=True) for n, k in zip(shape, (ky, kx), strict=True))
-        centred = torch.nn.functional.pad(kernel, (0, self.padded[1] - kx, 0, self.padded[0] - ky))
-        centred = torch.roll(centred, (-(ky // 2), -(kx // 2)), dims=(-2, -1))
-        self.transfer = torch.fft.rfft2(centred)
+        if not self.direct:
+            centred = torch.nn.functional.pad(kernel, (0, self.padded[1] - kx, 0, self.padded[0] - ky))
+            centred = torch.roll(centred, (-(ky // 2), -(kx // 2)), dims=(-2, -1))
+            self.transfer = torch.fft.rfft2(centred)
 
     def __call__(self, image: Tensor) -> Tensor:
         """Blur [lens, ..., ny, nx]."""
+        if self.direct:
+            return self._directly(image)
         transfer = self.transfer.reshape(len(self.transfer), *[1] * (image.ndim - 3), *self.transfer.shape[-2:])
         blurred = torch.fft.irfft2(torch.fft.rfft2(image, s=self.padded) * transfer, s=self.padded)
         return blurred[..., : self.shape[0], : self.shape[1]]
+
+    def _directly(self, image: Tensor) -> Tensor:
+        ky, kx = self.kernel.shape[-2:]
+        flipped = self.kernel.flip(-2, -1)[:, None]  # conv2d is a correlation
+        after, before = (ky // 2, kx // 2), (ky - 1 - ky // 2, kx - 1 - kx // 2)
+        channels = image.reshape(len(image), -1, *self.shape).transpose(0, 1)
+        padded = functional.pad(channels, (before[1], after[1], before[0], after[0]))
+        blurred = functional.conv2d(padded, flipped, groups=len(image))
+        return blurred.transpose(0, 1).reshape(image.shape)

@@ -1,21 +1,26 @@
-"""Images of many different lenses in one program: rays, source, PSF."""
+"""Images of many different lenses in one program: rays, source, light of the lens, PSF."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lenspipe.image.light import Light, linear_amplitudes
 from lenspipe.image.psf import Convolution
 from lenspipe.image.source_plane import light_centre, sample
-from lenspipe.lens.coordinates import axis_ratio, pixel_grid, rotate, theta_E_from_r_Ein
-from lenspipe.lens.epl import series_deflection
-from lenspipe.lens.profiles import Composite, shear_deflection
+from lenspipe.lens import multi_plane
+from lenspipe.lens.coordinates import axis_ratio, pixel_grid, theta_E_from_r_Ein
+from lenspipe.lens.parameters import MASS_PROFILES
+from lenspipe.lens.profiles import Composite, Vector, epl_deflection, shear_deflection
 from lenspipe.lens.table import DeflectionTable
 
 Parameters = dict[str, Tensor]
+Brightness = Callable[[Tensor, Tensor], Tensor]
 
 
 def canonical(parameters: Parameters) -> Parameters:
@@ -29,17 +34,33 @@ def canonical(parameters: Parameters) -> Parameters:
 
 
 @dataclass(frozen=True)
+class LineOfSight:
+    """Deflectors at other redshifts than the main lens.
+
+    planes: the components of every plane in order of redshift, those of the main lens at `main`; ratios: from
+    `multi_plane.distance_ratios`.
+    """
+
+    planes: tuple[Composite, ...]
+    main: int
+    ratios: Tensor
+
+
+@dataclass(frozen=True)
 class Optics:
     """What of the forward model does not depend on the lens.
 
-    deflection: the table, or the number of terms of the series; supersampling: rays per pixel side; interpolation:
-    between source pixels; components: deflectors beside the elliptical power law and the shear.
+    deflection: the table, or none for the exact series; supersampling: rays per pixel side; interpolation: between
+    source pixels; components: deflectors beside the elliptical power law and the shear, on their plane;
+    line_of_sight: instead of those, deflectors on several planes; light: of the lens galaxy.
     """
 
-    deflection: DeflectionTable | int
+    deflection: DeflectionTable | None = None
     supersampling: int = 1
     interpolation: str = "bicubic"
     components: Composite | None = None
+    line_of_sight: LineOfSight | None = None
+    light: Light | None = None
 
 
 class Simulator:
@@ -55,36 +76,49 @@ class Simulator:
         self.x, self.y = (pixel_scale[:, None, None] * axis.to(psf.device) for axis in (x, y))
         self.convolution = Convolution(psf, shape)
 
-    def deflection(self, p: Parameters) -> tuple[Tensor, Tensor]:
-        """Deflection ["] of the main lens, the shear (paper, eq. 10) and the components: two [lens, ny s, nx s]."""
-        x, y = (axis.flatten(1) for axis in (self.x, self.y))
-        column = {name: value[:, None] for name, value in p.items()}
-        x_major, y_major = rotate(x - column["center_x"], y - column["center_y"], column["phi"])
-        theta_E = column["theta_E"]
-        if isinstance(self.optics.deflection, DeflectionTable):
-            unit = self.optics.deflection.deflection(x_major / theta_E, y_major / theta_E, p["gamma"], p["q"])
-        else:
-            unit = series_deflection(
-                x_major / theta_E, y_major / theta_E, column["gamma"], column["q"], self.optics.deflection
-            )
-        main = rotate(theta_E * unit[0], theta_E * unit[1], -column["phi"])
-        shear = shear_deflection(x, y, column["gamma1"], column["gamma2"])
-        total = main[0] + shear[0], main[1] + shear[1]
-        if self.optics.components is not None:
-            further = self.optics.components.deflection(x, y, column)
-            total = total[0] + further[0], total[1] + further[1]
-        shape = self.x.shape[1:]
-        return total[0].unflatten(1, shape), total[1].unflatten(1, shape)
+    def deflection(self, p: Parameters) -> Vector:
+        """Deflection ["] of the main lens, the shear (paper, eq. 10) and all others: two [lens, ny s, nx s].
 
-    def source_points(self, p: Parameters, centre: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where the rays meet the source image, in units of its width (paper, eqs. 6, 17): two [lens, ny s, nx s].
+        Raises ValueError, with the values, where q or gamma is outside the deflection table.
+        """
+        x, y = self.deflection_at(self.x.flatten(1), self.y.flatten(1), p)
+        return x.unflatten(1, self.x.shape[1:]), y.unflatten(1, self.x.shape[1:])
+
+    def deflection_at(self, x: Tensor, y: Tensor, p: Parameters) -> Vector:
+        """The same at any places x, y ["]: [lens, n] each."""
+        sight = self.optics.line_of_sight
+        if sight is None:
+            return self._main_plane(x, y, p, self.optics.components)
+        column = {name: value[:, None] for name, value in p.items()}
+        planes: list[multi_plane.Plane] = [partial(plane.deflection, parameters=column) for plane in sight.planes]
+        planes[sight.main] = partial(self._main_plane, p=p, components=sight.planes[sight.main])
+        return multi_plane.deflection(x, y, planes, sight.ratios.to(x.dtype))
+
+    def _main_plane(self, x: Tensor, y: Tensor, p: Parameters, components: Composite | None) -> Vector:
+        column = {name: value[:, None] for name, value in p.items()}
+        if self.optics.deflection is not None:
+            main = self.optics.deflection.deflection(x, y, *(p[name] for name in MASS_PROFILES["epl"]))
+        else:
+            main = epl_deflection(x, y, *(column[name] for name in MASS_PROFILES["epl"]))
+        parts = [main, shear_deflection(x, y, column["gamma1"], column["gamma2"])]
+        if components is not None and components.profiles:
+            parts.append(components.deflection(x, y, column))
+        return sum((a for a, _ in parts[1:]), parts[0][0]), sum((b for _, b in parts[1:]), parts[0][1])
+
+    def source_positions(self, p: Parameters) -> Vector:
+        """Where the rays meet the source plane ["] (paper, eq. 6): two [lens, ny s, nx s]."""
+        alpha_x, alpha_y = self.deflection(p)
+        return self.x - alpha_x, self.y - alpha_y
+
+    def source_points(self, p: Parameters, centre: tuple[Tensor, Tensor]) -> Vector:
+        """Where the rays meet the source image, in units of its width (paper, eq. 17): two [lens, ny s, nx s].
 
         centre: x and y [lens] of the point of the source image that lies at `source_x, source_y`.
         """
-        alpha_x, alpha_y = self.deflection(p)
-        size = p["source_size"][:, None, None]
-        u = (self.x - alpha_x - p["source_x"][:, None, None]) / size + centre[0][:, None, None]
-        v = (self.y - alpha_y - p["source_y"][:, None, None]) / size + centre[1][:, None, None]
+        beta_x, beta_y = self.source_positions(p)
+        scale = 1 / p["source_size"]
+        u = beta_x * scale[:, None, None] + (centre[0] - p["source_x"] * scale)[:, None, None]
+        v = beta_y * scale[:, None, None] + (centre[1] - p["source_y"] * scale)[:, None, None]
         return u, v
 
     def observe(self, rays: Tensor) -> Tensor:
@@ -93,17 +127,43 @@ class Simulator:
             rays = functional.avg_pool2d(rays, self.optics.supersampling)
         return self.convolution(rays)
 
-    def rays(self, points: tuple[Tensor, Tensor], source: Tensor) -> Tensor:
+    def rays(self, points: Vector, source: Tensor) -> Tensor:
         """Source images [lens, channel, n, n] seen at source points: [lens, channel, ny s, nx s]."""
         return sample(source, *points, self.optics.interpolation)
 
-    def image(self, p: Parameters, source: Tensor) -> Tensor:
-        """Images [lens, ny, nx] of sources [lens, n, n] of peak 1, times `source_flux`; p: [lens] each, canonical.
+    def lens_light(self, p: Parameters) -> Tensor | None:
+        """Brightness of the lens galaxy along the rays [lens, ny s, nx s]; none where the optics has no light."""
+        if self.optics.light is None:
+            return None
+        return self.optics.light.brightness(self.x, self.y, {name: value[:, None, None] for name, value in p.items()})
 
-        `source_x, source_y` is where the centre of the source's light lies.
+    def image(self, p: Parameters, source: Tensor | Brightness) -> Tensor:
+        """Images [lens, ny, nx]; p: [lens] each, canonical.
+
+        source: images [lens, n, n] of peak 1, which count `source_flux` times and have the centre of their light at
+        `source_x, source_y`; or any function of the position in the source plane ["], [lens, ny s, nx s] each, to the
+        brightness there. The light of the lens galaxy and a `background`, where there are any, are added.
         """
-        rays = self.rays(self.source_points(p, light_centre(source)), source[:, None])
-        return (p["source_flux"][:, None, None, None] * self.observe(rays))[:, 0]
+        if callable(source):
+            rays = source(*self.source_positions(p))
+        else:
+            rays = self.rays(self.source_points(p, light_centre(source)), source[:, None])[:, 0]
+            rays = p["source_flux"][:, None, None] * rays
+        light = self.lens_light(p)
+        image = self.observe((rays if light is None else rays + light)[:, None])[:, 0]
+        return image + p["background"][:, None, None] if "background" in p else image
+
+    def fitted_amplitudes(self, p: Parameters, image: Tensor, data: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Amplitudes [lens, component] of the lens galaxy's light that fit best, given all else, and their covariance.
+
+        image: the prediction without lens light; data, weight = 1 / noise or 0: [lens, ny, nx]. Raises ValueError
+        where the optics has no light, torch.linalg.LinAlgError where components are alike.
+        """
+        if self.optics.light is None:
+            raise ValueError("the optics has no light of the lens galaxy")
+        column = {name: value[:, None, None] for name, value in p.items()}
+        columns = self.observe(self.optics.light.columns(self.x, self.y, column))
+        return linear_amplitudes(columns, data - image, weight)
 
     def brightness_gradient(self, points: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rays I(u, v) of one source a lens and their derivatives dI/du and dI/dv: three [lens, ny s, nx s].

@@ -24,7 +24,7 @@ def pixel_grid(
 def rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """Components of the vector (x, y) in axes turned counter-clockwise by `angle` [rad]."""
     c, s = torch.cos(angle), torch.sin(angle)
-    return c * x + s * y, c * y - s * x
+    return torch.addcmul(c * x, s, y), torch.addcmul(c * y, -s, x)
 
 
 def ellipticity(q: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,25 +13,32 @@ import torch
 from scipy.integrate import quad_vec
 from torch import Tensor
 
+from lenspipe.lens.parameters import SERIES_Q_MIN
+
 
 def convergence(x: Tensor, y: Tensor, theta_E: Tensor, gamma: Tensor, q: Tensor) -> Tensor:
     """Convergence at (x, y) ["] in the frame of the major axis; infinite at the centre."""
     return (3 - gamma) / 2 * (theta_E / torch.sqrt(q * x**2 + y**2 / q)) ** (gamma - 1)
 
 
-def series_terms(q_min: float, tolerance: float = 1e-10) -> int:
-    """Number of terms that keeps the error of the series below `tolerance`: f^N / (1 - f) with f = (1-q)/(1+q)."""
-    f = (1 - q_min) / (1 + q_min)
-    if f <= 0:
-        return 2
-    return max(2, int(np.ceil(np.log(tolerance * (1 - f)) / np.log(f))))
+def series_terms(q: Tensor) -> Tensor:
+    """Number of terms [as q] that keeps the error of the series below its precision: f^N / (1 - f), f = (1-q)/(1+q).
+
+    3e-11 in float64, 1e-8 in float32. Raises ValueError for an axis ratio below 0.01, where they are too many.
+    """
+    q = q.detach()
+    if bool((q < SERIES_Q_MIN).any()):
+        raise ValueError(f"q = {float(q.min()):.3g}: the series needs an axis ratio of {SERIES_Q_MIN} or more")
+    tolerance = 3e-11 if q.dtype == torch.float64 else 1e-8
+    f = ((1 - q) / (1 + q)).abs().double().clamp(min=1e-6)
+    return torch.ceil(torch.log(tolerance * (1 - f)) / torch.log(f)).clamp(min=2).long()
 
 
-def series_deflection(x: Tensor, y: Tensor, gamma: Tensor, q: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+def series_deflection(x: Tensor, y: Tensor, gamma: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Deflection of the lens with theta_E = 1 in the frame of its major axis (Tessore & Metcalf 2015, eqs. 13, 28).
 
-    Their b is theta_E sqrt(q) over their q R, with t = gamma - 1. x, y, gamma, q: broadcastable. `terms` from
-    `series_terms`. Zero at the centre.
+    Their b is theta_E sqrt(q) over their q R, with t = gamma - 1. x, y, gamma, q: broadcastable. Every lens has the
+    number of terms its own q needs, whatever lenses it is computed with. Zero at the centre.
     """
     t = gamma - 1
     f = (1 - q) / (1 + q)
@@ -43,8 +50,9 @@ def series_deflection(x: Tensor, y: Tensor, gamma: Tensor, q: Tensor, terms: int
     cos2, sin2 = c * c - s * s, 2 * c * s
     term_re, term_im = c, s
     total_re, total_im = c, s
-    for n in range(1, terms):
-        factor = -f * (2 * n - (2 - t)) / (2 * n + (2 - t))
+    terms = series_terms(q)
+    for n in range(1, int(terms.max())):
+        factor = torch.where(n < terms, -f * (2 * n - (2 - t)) / (2 * n + (2 - t)), 0.0)
         term_re, term_im = factor * (term_re * cos2 - term_im * sin2), factor * (term_re * sin2 + term_im * cos2)
         total_re, total_im = total_re + term_re, total_im + term_im
     amplitude = 2 * torch.sqrt(q) / (1 + q) * radius ** (1 - t)

@@ -9,14 +9,16 @@ and the source is the plane at which every B is 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from astropy.cosmology import FLRW
 from torch import Tensor
 
-from lenspipe.lens.profiles import Composite, Vector
+from lenspipe.lens.profiles import Vector
+
+Plane = Callable[[Tensor, Tensor], Vector]
 
 
 def distance_ratios(redshifts: Sequence[float], z_source: float, cosmology: FLRW) -> Tensor:
@@ -37,18 +39,17 @@ def distance_ratios(redshifts: Sequence[float], z_source: float, cosmology: FLRW
     return torch.from_numpy(ratios)
 
 
-def deflection(
-    x: Tensor, y: Tensor, planes: Sequence[Composite], parameters: Sequence[Mapping[str, Tensor]], ratios: Tensor
-) -> Vector:
+def deflection(x: Tensor, y: Tensor, planes: Sequence[Plane], ratios: Tensor) -> Vector:
     """Total deflection theta - theta_source ["] at (x, y) ["].
 
-    planes, parameters: one of each for every plane, in order of redshift; ratios: from `distance_ratios`.
+    planes: the deflection of each as a function of the position on it, in order of redshift; ratios: from
+    `distance_ratios`.
     """
     bent: list[Vector] = []
-    for j, (plane, values) in enumerate(zip(planes, parameters, strict=True)):
+    for j, plane in enumerate(planes):
         here_x, here_y = x, y
         for i, (alpha_x, alpha_y) in enumerate(bent):
             here_x, here_y = here_x - ratios[i, j] * alpha_x, here_y - ratios[i, j] * alpha_y
-        bent.append(plane.deflection(here_x, here_y, values))
+        bent.append(plane(here_x, here_y))
     zero = torch.zeros_like(x)
     return sum((a for a, _ in bent), zero), sum((b for _, b in bent), zero)

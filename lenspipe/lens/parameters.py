@@ -1,9 +1,10 @@
-"""Names of the parameters of every mass profile, as settings need them: nothing heavy is imported here."""
+"""Names of the parameters of every mass and light profile, as settings need them: nothing heavy is imported here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+SERIES_Q_MIN = 0.01  # least axis ratio of the series of the elliptical power law
 CENTER = ("center_x", "center_y")
 MASS_PROFILES: dict[str, tuple[str, ...]] = {
     "epl": ("theta_E", "gamma", "q", "phi", *CENTER),
@@ -17,11 +18,17 @@ MASS_PROFILES: dict[str, tuple[str, ...]] = {
 }
 
 
-def component_parameters(profiles: Mapping[str, str]) -> tuple[str, ...]:
+LIGHT_PROFILES: dict[str, tuple[str, ...]] = {
+    "sersic": ("amplitude", "R_sersic", "n_sersic", "q", "phi", *CENTER),
+    "gaussian": ("amplitude", "sd", "q", "phi", *CENTER),
+}
+
+
+def component_parameters(
+    profiles: Mapping[str, str], known: Mapping[str, tuple[str, ...]] = MASS_PROFILES
+) -> tuple[str, ...]:
     """Names of all parameters of components {name: profile}: `<name>_<parameter>`, without prefix for the name ""."""
-    return tuple(
-        qualified(component, name) for component, profile in profiles.items() for name in MASS_PROFILES[profile]
-    )
+    return tuple(qualified(component, name) for component, profile in profiles.items() for name in known[profile])
 
 
 def qualified(component: str, parameter: str) -> str:

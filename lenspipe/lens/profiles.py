@@ -19,7 +19,6 @@ from lenspipe.lens.parameters import MASS_PROFILES, component_parameters, qualif
 
 Vector = tuple[Tensor, Tensor]
 NEAR_ROUND = 0.03  # below which series in the squared eccentricity are used
-SERIES_TERMS = 124  # error below 1e-10 theta_E for q >= 0.1
 
 
 def epl_deflection(
@@ -27,7 +26,7 @@ def epl_deflection(
 ) -> Vector:
     """Elliptical power law: deflection ["], by the exact series."""
     a, b = rotate(x - center_x, y - center_y, phi)
-    a, b = series_deflection(a / theta_E, b / theta_E, gamma, q, SERIES_TERMS)
+    a, b = series_deflection(a / theta_E, b / theta_E, gamma, q)
     return rotate(theta_E * a, theta_E * b, -phi)
 
 

@@ -3,21 +3,26 @@
 Radius and Einstein radius scale out (eqs. A6-A7), the four quadrants are mirror images (eq. A5). Chebyshev nodes in q
 and gamma make the interpolation there polynomial; cubic Hermite pieces in eta, with spectral derivatives at the nodes,
 make it continuous with its first derivative. q and gamma are scalars of a lens, so the table is first contracted over
-them to one periodic function of eta per lens: the cost per pixel does not depend on the size of the table.
+them to one periodic function of eta per lens: the cost per pixel does not depend on the size of the table. Derivatives
+are those of the interpolant, written out: a gradient costs twice the value, and keeps none of its steps in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from lenspipe.lens.coordinates import rotate
 from lenspipe.lens.epl import quadrature_deflection
+
+CHUNK_RAYS = 524288  # rays of a chunk: its temporaries fit the cache of a core
+ON_EDGE = 1e-6  # [rad] from the ends of the Chebyshev interval, within which a slope is that at this angle
 
 
 @dataclass(frozen=True)
@@ -37,47 +42,248 @@ class DeflectionTable:
         """The table on another device or in another precision."""
         return DeflectionTable(*(t.to(**kwargs) for t in (self.q, self.gamma, self.values, self.slopes)))
 
-    @property
+    @cached_property
     def bounds(self) -> dict[str, tuple[float, float]]:
         """The least and greatest q and gamma."""
-        return {name: (float(n.min()), float(n.max())) for name, n in (("q", self.q), ("gamma", self.gamma))}
+        return {name: (float(n[0]), float(n[-1])) for name, n in (("q", self.q), ("gamma", self.gamma))}
 
     def check(self, q: Tensor, gamma: Tensor) -> None:
-        """Raise ValueError, with the values, where a parameter is outside the table."""
-        for name, value in (("q", q), ("gamma", gamma)):
+        """Raise ValueError, with the values, where a parameter is outside the table or not a number."""
+        for name, value in (("q", q.detach()), ("gamma", gamma.detach())):
             low, high = self.bounds[name]
-            outside = (value < low - 1e-6) | (value > high + 1e-6)
+            outside = ~((value >= low - 1e-6) & (value <= high + 1e-6))
             if bool(outside.any()):
                 found = ", ".join(f"{v:.4g}" for v in value[outside].tolist())
                 raise ValueError(f"{name} = {found} is outside the deflection table [{low:g}, {high:g}]")
 
-    def contract(self, q: Tensor, gamma: Tensor) -> Tensor:
-        """Hermite pieces in eta for each lens: [lens, n_eta - 1, 8], from q [lens] and gamma [lens]."""
-        weights = torch.einsum("lq,lg->lqg", barycentric_weights(self.q, q), barycentric_weights(self.gamma, gamma))
-        f, d = (torch.einsum("lqg,cqge->lce", weights, t) for t in (self.values, self.slopes))
-        step = torch.pi / 2 / (f.shape[-1] - 1)
-        left, right, d_left, d_right = f[..., :-1], f[..., 1:], d[..., :-1] * step, d[..., 1:] * step
-        cubic = (
-            left,
-            d_left,
-            3 * (right - left) - 2 * d_left - d_right,
-            2 * (left - right) + d_left + d_right,
-        )
-        return torch.stack(cubic, dim=-1).movedim(1, 2).flatten(-2)
+    def deflection(
+        self,
+        x: Tensor,
+        y: Tensor,
+        theta_E: Tensor,
+        gamma: Tensor,
+        q: Tensor,
+        phi: Tensor,
+        center_x: Tensor,
+        center_y: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Deflection ["] at x, y ["], [lens, n] each; the parameters are [lens]. Zero at the centre.
 
-    def deflection(self, x: Tensor, y: Tensor, gamma: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Deflection of the lens with theta_E = 1 in the frame of its major axis: x, y [lens, n]; gamma, q [lens]."""
-        pieces = self.contract(q, gamma)
-        n_eta = pieces.shape[1]
-        lenses = torch.arange(len(q), device=q.device)[:, None]
+        Differentiable in both modes, with respect to everything. Raises ValueError, with the values, where q or gamma
+        is outside the table.
+        """
+        self.check(q, gamma)
+        return _Deflection.apply(x, y, theta_E, gamma, q, phi, center_x, center_y, self)
+
+    def contract(self, q: Tensor, gamma: Tensor) -> Tensor:
+        """Cubic pieces in eta of each lens [lens, 8, n_eta - 1], four coefficients for either component."""
+        return self._pieces(self._basis("q", q)[0], self._basis("gamma", gamma)[0])
+
+    def contract_with_slopes(self, q: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The pieces of `contract` and their derivatives with respect to q and to gamma."""
+        of_q, of_gamma = self._basis("q", q), self._basis("gamma", gamma)
+        pairs = ((of_q[0], of_gamma[0]), (of_q[1], of_gamma[0]), (of_q[0], of_gamma[1]))
+        return self._pieces(*pairs[0]), self._pieces(*pairs[1]), self._pieces(*pairs[2])
+
+    @cached_property
+    def _coefficients(self) -> Tensor:
+        """Values and slopes as Chebyshev series in q and gamma: [n_q, n_gamma * 4 * n_eta]."""
+        table = torch.cat([self.values, self.slopes]).double()
+        q, gamma = (torch.linalg.inv(self._basis(name, n)[0]) for name, n in (("q", self.q), ("gamma", self.gamma)))
+        series = torch.einsum("iq,jg,cqge->ijce", q.double(), gamma.double(), table)
+        return series.flatten(1).to(self.values.dtype).contiguous()
+
+    def _basis(self, name: str, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Chebyshev polynomials at `at` [lens] and their derivatives: [lens, n] each, float64."""
+        low, high = self.bounds[name]
+        order = torch.arange(len(getattr(self, name)), dtype=torch.float64, device=at.device)
+        angle = torch.acos(((2 * at.double() - low - high) / (high - low)).clamp(-1, 1))[:, None]
+        inside = angle.clamp(ON_EDGE, torch.pi - ON_EDGE)
+        slope = order * torch.sin(order * inside) / torch.sin(inside) * (2 / (high - low))
+        return torch.cos(order * angle), slope
+
+    def _pieces(self, of_q: Tensor, of_gamma: Tensor) -> Tensor:
+        n_gamma, n_eta = len(self.gamma), self.values.shape[-1]
+        dtype = self.values.dtype
+        rows = (of_q.to(dtype) @ self._coefficients).unflatten(1, (n_gamma, 4, n_eta))
+        table = (of_gamma.to(dtype)[:, None] @ rows.flatten(2)).unflatten(2, (4, n_eta))[:, 0]
+        step = torch.pi / 2 / (n_eta - 1)
+        f, d = table[:, :2], table[:, 2:] * step
+        rise, left, right = f[..., 1:] - f[..., :-1], d[..., :-1], d[..., 1:]
+        cubic = f[..., :-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise
+        return torch.stack(cubic, dim=2).flatten(1, 2)
+
+
+class _Deflection(torch.autograd.Function):
+    """The deflection with its derivatives written out.
+
+    With (u, v) = R(phi) (x - center) / theta_E the deflection is R(-phi) (A, B),
+
+        A = theta_E s M(eta) sign u,  B = theta_E s N(eta) sign v,  s = (u^2 + v^2)^(1 - gamma/2),
+
+    and eta = atan(|v| / |u|).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, table = inputs
+        return _chunked(_forward, tensors, table)  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:8])
+        ctx.table = inputs[8]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *_chunked(_backward, [*ctx.saved_tensors, *gradients], ctx.table), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        x, y, theta_E, gamma, q, phi, center_x, center_y = ctx.saved_tensors
+        place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, ctx.table)
+        (a, b), (uu, uv, vu, vv), (a_q, b_q), (a_gamma, b_gamma) = place.derivatives(q, gamma)
+        zero = torch.zeros_like(theta_E)
+        dx, dy = (torch.zeros_like(x) if t is None else t for t in tangents[:2])
+        d_theta, d_gamma, d_q, d_phi, d_cx, d_cy = ((zero if t is None else t)[:, None] for t in tangents[2:8])
+        du, dv = rotate((dx - d_cx) / theta_E[:, None], (dy - d_cy) / theta_E[:, None], phi[:, None])
+        growth = d_theta / theta_E[:, None]
+        du, dv = du + d_phi * place.v - growth * place.u, dv - d_phi * place.u - growth * place.v
+        da = uu * du + uv * dv + a_gamma * d_gamma + a_q * d_q + a * growth - b * d_phi
+        db = vu * du + vv * dv + b_gamma * d_gamma + b_q * d_q + b * growth + a * d_phi
+        return rotate(da, db, -phi[:, None])
+
+
+def _chunked(
+    work: Callable[..., tuple[Tensor, ...]], tensors: Iterable[Tensor], table: DeflectionTable
+) -> tuple[Tensor, ...]:
+    """`work` on a few lenses at a time, so that its many steps stay in the processor's cache."""
+    tensors = list(tensors)
+    lenses, rays = tensors[0].shape
+    size = max(1, CHUNK_RAYS // rays)
+    if lenses <= size or tensors[0].is_cuda:
+        return work(*tensors, table)
+    parts = [work(*chunk, table) for chunk in zip(*(t.split(size) for t in tensors), strict=True)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    theta_E: Tensor,
+    gamma: Tensor,
+    q: Tensor,
+    phi: Tensor,
+    center_x: Tensor,
+    center_y: Tensor,
+    table: DeflectionTable,
+) -> tuple[Tensor, Tensor]:
+    place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, table)
+    return rotate(*place.components(table.contract(q, gamma)), -phi[:, None])
+
+
+def _backward(
+    x: Tensor,
+    y: Tensor,
+    theta_E: Tensor,
+    gamma: Tensor,
+    q: Tensor,
+    phi: Tensor,
+    center_x: Tensor,
+    center_y: Tensor,
+    gradient_x: Tensor,
+    gradient_y: Tensor,
+    table: DeflectionTable,
+) -> tuple[Tensor, ...]:
+    place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, table)
+    (a, b), (uu, uv, vu, vv), (a_q, b_q), (a_gamma, b_gamma) = place.derivatives(q, gamma)
+    along, across = rotate(gradient_x, gradient_y, phi[:, None])
+    of_u, of_v = along * uu + across * vu, along * uv + across * vv
+    radial, turning = of_u * place.u + of_v * place.v, of_u * place.v - of_v * place.u
+    of_x, of_y = (part / theta_E[:, None] for part in rotate(of_u, of_v, -phi[:, None]))
+    return (
+        of_x,
+        of_y,
+        ((along * a + across * b) - radial).sum(-1) / theta_E,
+        (along * a_gamma + across * b_gamma).sum(-1),
+        (along * a_q + across * b_q).sum(-1),
+        (across * a - along * b + turning).sum(-1),
+        -of_x.sum(-1),
+        -of_y.sum(-1),
+    )
+
+
+class _Place:
+    """Points [lens, n] in the frame of their lens, in units of theta_E, and where in the table they are."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        theta_E: Tensor,
+        gamma: Tensor,
+        phi: Tensor,
+        center_x: Tensor,
+        center_y: Tensor,
+        table: DeflectionTable,
+    ):
+        self.theta_E, self.gamma, self.table = theta_E[:, None], gamma[:, None], table
+        scale = 1 / self.theta_E
+        c, s = torch.cos(phi)[:, None] * scale, torch.sin(phi)[:, None] * scale
+        dx, dy = x - center_x[:, None], y - center_y[:, None]
+        self.u, self.v = torch.addcmul(c * dx, s, dy), torch.addcmul(c * dy, -s, dx)
         tiny = torch.finfo(x.dtype).tiny ** 0.5
-        eta = torch.atan2(y.abs(), x.abs() + tiny) * (n_eta / (torch.pi / 2))
-        cell = eta.detach().long().clamp(0, n_eta - 1)
-        t = eta - cell
-        c = functional.embedding(cell + lenses * n_eta, pieces.flatten(0, 1)).unbind(-1)
-        major, minor = (c[k] + t * (c[k + 1] + t * (c[k + 2] + t * c[k + 3])) for k in (0, 4))
-        scale = (x**2 + y**2 + tiny) ** (1 - gamma / 2)[:, None]
-        return scale * major * x.sign(), scale * minor * y.sign()
+        n = table.values.shape[-1] - 1
+        eta = torch.atan2(self.v.abs(), self.u.abs() + tiny) * (n / (torch.pi / 2))
+        self.cell = eta.detach().long().clamp(max=n - 1)
+        self.t = eta - self.cell
+        self.radius2 = torch.addcmul(torch.addcmul(self.v.new_tensor(tiny), self.u, self.u), self.v, self.v)
+        self.power = self.theta_E * self.radius2 ** (1 - self.gamma / 2)
+
+    def components(self, pieces: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        m, n = (self._cubic(pieces, k) for k in (0, 4))
+        return self.power * self.u.sign() * m, self.power * self.v.sign() * n
+
+    def derivatives(self, q: Tensor, gamma: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """(A, B); dA/du, dA/dv, dB/du, dB/dv; (A, B) with respect to q and to gamma: those of the interpolant."""
+        pieces, of_q, of_gamma = self.table.contract_with_slopes(q, gamma)
+        (m, dm), (n, dn) = (self._cubic_and_slope(pieces, k) for k in (0, 4))
+        left, right = self.power * self.u.sign(), self.power * self.v.sign()
+        outer, steep = self.power / self.radius2, 2 - self.gamma
+        across, along = self.u.abs(), self.v.abs()
+        sign = self.u.sign() * self.v.sign()
+        uu = outer * (steep * across * m - along * dm)
+        vv = outer * (steep * along * n + across * dn)
+        uv = outer * sign * (steep * along * m + across * dm)
+        vu = outer * sign * (steep * across * n - along * dn)
+        half = torch.log(self.radius2) / 2
+        m_q, n_q = (self._cubic(of_q, k) for k in (0, 4))
+        m_gamma, n_gamma = (self._cubic(of_gamma, k) for k in (0, 4))
+        return (
+            (left * m, right * n),
+            (uu, uv, vu, vv),
+            (left * m_q, right * n_q),
+            (left * (m_gamma - half * m), right * (n_gamma - half * n)),
+        )
+
+    def _gather(self, pieces: Tensor, first: int) -> list[Tensor]:
+        return [pieces[:, first + k].gather(1, self.cell) for k in range(4)]
+
+    def _cubic(self, pieces: Tensor, first: int) -> Tensor:
+        c0, c1, c2, c3 = self._gather(pieces, first)
+        return torch.addcmul(c0, self.t, torch.addcmul(c1, self.t, torch.addcmul(c2, self.t, c3)))
+
+    def _cubic_and_slope(self, pieces: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The cubic and its derivative with respect to eta."""
+        c0, c1, c2, c3 = self._gather(pieces, first)
+        steeper = torch.addcmul(c2, self.t, c3)
+        rise = torch.addcmul(c1, self.t, steeper)
+        slope = torch.addcmul(rise, self.t, torch.addcmul(steeper, self.t, c3))
+        return torch.addcmul(c0, self.t, rise), slope * ((self.table.values.shape[-1] - 1) * 2 / torch.pi)
 
 
 def build_table(
@@ -105,18 +311,6 @@ def chebyshev_nodes(number: int, low: float, high: float) -> np.ndarray:
     nodes = (low + high) / 2 - (high - low) / 2 * np.cos(np.pi * np.arange(number) / (number - 1))
     nodes[0], nodes[-1] = low, high
     return nodes
-
-
-def barycentric_weights(nodes: Tensor, at: Tensor) -> Tensor:
-    """Weights [lens, nodes] of the polynomial through Chebyshev points of the second kind, at `at` [lens].
-
-    Lagrange products rather than the barycentric quotient: finite with its derivative at the nodes themselves.
-    """
-    n = len(nodes)
-    diagonal = torch.eye(n, dtype=torch.bool, device=nodes.device)
-    difference = (nodes[:, None] - nodes[None, :]).masked_fill(diagonal, 1.0)
-    factors = ((at[:, None, None] - nodes[None, None, :]) / difference).masked_fill(diagonal, 1.0)
-    return factors.prod(dim=-1)
 
 
 def _quadrant_slope(values: np.ndarray, *, odd: bool) -> np.ndarray:

@@ -57,7 +57,8 @@ def test_flux_of_the_profiles() -> None:
     axis = torch.linspace(-8, 8, 1601, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     cell = 0.01**2
-    assert float(light.gaussian(x, y, *real(1.0, 0.7, 0.5, 0.3, 0.2, 0.1)).sum() * cell) == pytest.approx(1, abs=1e-6)
+    peak = 1 / (2 * np.pi * 0.7**2)
+    assert float(light.gaussian(x, y, *real(peak, 0.7, 0.5, 0.3, 0.2, 0.1)).sum() * cell) == pytest.approx(1, abs=1e-6)
     total = float(light.sersic(x, y, *real(1.0, 0.5, 1.0, 0.7, 0.3, 0.0, 0.0)).sum() * cell)
     b = float(light.sersic_b(*real(1.0)))
     assert total == pytest.approx(2 * np.pi * 0.5**2 * np.exp(b) * b**-2 * gamma_function(2), rel=1e-4)

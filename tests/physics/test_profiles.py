@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from astropy.cosmology import FlatLambdaCDM
+from caustics.lenses import func
 from lenstronomy.LensModel.lens_model import LensModel
 from scipy.special import hyp2f1
 from torch import Tensor
@@ -92,6 +94,31 @@ def test_against_lenstronomy(name: str, points: tuple[Tensor, Tensor]) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["epl", "sie", "shear", "point_mass"])
+def test_against_caustics(name: str, points: tuple[Tensor, Tensor]) -> None:
+    """A second reference, with the parameters in its order; its t is gamma - 1 and its EPL a series of given length."""
+    x, y = points
+    v = tensors({key: VALUES[key] for key in MASS_PROFILES[name]})
+    at = (v.get("center_x"), v.get("center_y"))
+    match name:
+        case "epl":
+            shape = (*at, v["q"], v["phi"], v["theta_E"], v["gamma"] - 1, x, y)
+            theirs = func.reduced_deflection_angle_epl(*shape, 80)
+            kappa = func.convergence_epl(*shape)
+        case "sie":
+            theirs = func.reduced_deflection_angle_sie(*at, v["q"], v["phi"], v["theta_E"], x, y)
+            kappa = func.convergence_sie(*at, v["q"], v["phi"], v["theta_E"], x, y)
+        case "shear":
+            zero = torch.zeros((), dtype=torch.float64)
+            theirs = func.reduced_deflection_angle_external_shear(zero, zero, v["gamma1"], v["gamma2"], x, y)
+            kappa = torch.zeros_like(x)
+        case _:
+            theirs = func.reduced_deflection_angle_point(*at, v["theta_E"], x, y)
+            kappa = torch.zeros_like(x)
+    torch.testing.assert_close(PROFILES[name].deflection(x, y, **v), tuple(theirs), rtol=0, atol=1e-9)
+    torch.testing.assert_close(PROFILES[name].convergence(x, y, **v), kappa, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_contract(name: str, points: tuple[Tensor, Tensor]) -> None:
     """div alpha = 2 kappa, no curl, alpha = grad psi."""
@@ -158,17 +185,32 @@ def test_limits(points: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(cut, PROFILES["nfw"].deflection(*points, **parameters("nfw")), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("q", [0.1, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("q", [0.1, 0.3, 0.7, 0.99, 1.0])
 @pytest.mark.parametrize("gamma", [1.1, 1.7, 2.0, 2.9])
 def test_series_against_the_hypergeometric_function(q: float, gamma: float) -> None:
     """Tessore & Metcalf 2015, eq. 13, with SciPy's 2F1: within 1e-10 of the deflection."""
     x, y = torch.randn(2, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ours = epl.series_deflection(x, y, *tensors({"gamma": gamma, "q": q}).values(), epl.series_terms(q))
+    ours = epl.series_deflection(x, y, *tensors({"gamma": gamma, "q": q}).values())
     z = q * x.numpy() + 1j * y.numpy()
     radius, turn, t = np.abs(z) / np.sqrt(q), z / np.abs(z), gamma - 1
     f = (1 - q) / (1 + q)
     exact = 2 * np.sqrt(q) / (1 + q) * radius ** (1 - t) * turn * hyp2f1(1, t / 2, 2 - t / 2, -f * turn**2)
     assert np.abs((ours[0].numpy() + 1j * ours[1].numpy()) / exact - 1).max() < 1e-10
+
+
+def test_a_lens_does_not_see_its_neighbours_in_the_series() -> None:
+    """Bit by bit: a round lens needs 2 terms, alone or beside one that needs 130."""
+    x, y = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    q, gamma = torch.tensor([[0.9], [0.1]], dtype=torch.float64), torch.tensor([[2.2], [1.8]], dtype=torch.float64)
+    assert epl.series_terms(q)[:, 0].tolist() == [9, 130]
+    together = epl.series_deflection(x, y, gamma, q)
+    alone = epl.series_deflection(x, y, gamma[:1], q[:1])
+    assert all(torch.equal(a[:1], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_the_series_refuses_a_needle() -> None:
+    with pytest.raises(ValueError, match=r"q = 0.001: the series needs an axis ratio of 0.01 or more"):
+        PROFILES["epl"].deflection(*torch.ones(2, 3), **parameters("epl", q=0.001))
 
 
 def test_components_add(points: tuple[Tensor, Tensor]) -> None:
@@ -205,7 +247,8 @@ def test_planes_against_lenstronomy(points: tuple[Tensor, Tensor]) -> None:
     back = {"alpha_Rs": 0.1, "Rs": 0.5, "center_x": -0.4, "center_y": 1.0}
     prefixed = {f"shear_{name}": value for name, value in shear.items()}
     values = [tensors(front), tensors(main | prefixed), tensors(back)]
-    ours = multi_plane.deflection(*points, planes, values, ratios)
+    plane_wise = [partial(plane.deflection, parameters=own) for plane, own in zip(planes, values, strict=True)]
+    ours = multi_plane.deflection(*points, plane_wise, ratios)
     theirs = LensModel(
         ["SIS", "EPL", "SHEAR", "NFW"],
         multi_plane=True,
@@ -223,7 +266,7 @@ def test_one_plane_twice_is_one_plane(points: tuple[Tensor, Tensor]) -> None:
     ratios = multi_plane.distance_ratios([0.5, 0.5], 2.0, FlatLambdaCDM(70, 0.3))
     one = Composite({"": "sis"})
     values = [parameters("sis"), parameters("sis", center_x=-0.7)]
-    both = multi_plane.deflection(*points, [one, one], values, ratios)
+    both = multi_plane.deflection(*points, [partial(one.deflection, parameters=value) for value in values], ratios)
     apart = [one.deflection(*points, value) for value in values]
     torch.testing.assert_close(both, (apart[0][0] + apart[1][0], apart[0][1] + apart[1][1]))
 

@@ -90,7 +90,7 @@ def test_settings_survive_json() -> None:
         ({"priors": {"e1": "Normal(0, 0.1)"}}, "reach an ellipticity of inf, beyond 0.818"),
         (
             {"priors": {"e1": "Uniform(-0.9, 0.9)"}, "lens": {"deflection": "series"}},
-            "of 1.01, beyond 1, the axis ratio 0",
+            "of 1.01, beyond 0.98, the axis ratio 0.01",
         ),
         ({"priors": {"gamma": "Gauss(2, 0.5)"}}, "unknown distribution 'Gauss'"),
         ({"priors": {"gamma1": "Normal(0)"}}, r"has 1 arguments; expected Normal\(mean, sd\)"),
@@ -98,7 +98,29 @@ def test_settings_survive_json() -> None:
         ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),
         ({"fit": {"temperatures": [10, 3]}}, "last of temperatures must be 1"),
         ({"mocks": {"systems": 0}}, "nothing to fit"),
-        ({"lens": {"components": {"halo": "nfv"}}}, r"lens.components.halo: Input should be 'epl', 'sie'"),
+        ({"lens": {"components": {"halo": "nfv"}}}, r"lens.components.halo.profile: Input should be 'epl', 'sie'"),
+        (
+            {"lens": {"components": {"far": {"profile": "nfw", "redshift": 0.8}}}},
+            "redshift and source_redshift are needed, since far has a redshift",
+        ),
+        (
+            {
+                "lens": {
+                    "components": {"far": {"profile": "nfw", "redshift": 2.5}},
+                    "redshift": 0.5,
+                    "source_redshift": 2,
+                }
+            },
+            r"far \(2.5\) is not in front of source_redshift \(2\)",
+        ),
+        ({"lens": {"light": {"bulge": "sersik"}}}, r"lens.light.bulge: Input should be 'sersic' or 'gaussian'"),
+        ({"lens": {"light": {"bulge": "gaussian"}}}, "no prior of bulge_amplitude, .* which lens.light needs"),
+        (
+            {
+                "lens": {"light": {"a": "gaussian"}, "components": {"a": "sie"}},
+            },
+            "both have a_center_x, a_center_y, a_phi, a_q; give one of them another name",
+        ),
         ({"lens": {"components": {"Halo 1": "nfw"}}}, "lens.components.Halo 1"),
         ({"lens": {"components": {"far": "sheet"}}}, "no prior of far_kappa, which lens.components needs"),
         ({"priors": {"components": {"far_kappa": 0.1}}}, "far_kappa: no such parameter of lens.components"),

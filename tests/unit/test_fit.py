@@ -20,9 +20,11 @@ from lenspipe.errors import InputError
 from lenspipe.fit import hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
+from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution, gaussian_kernel
-from lenspipe.image.simulator import Optics
+from lenspipe.image.simulator import LineOfSight, Optics
 from lenspipe.lens.profiles import Composite
+from lenspipe.lens.table import build_table
 from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
@@ -67,11 +69,11 @@ def model() -> tuple[LensModel, Tensor]:
         torch.tensor([1.0, 1.0, 2.0]).double(),
     )
     priors = PriorMap(Config().priors.expressions())
-    blank = LensModel(batch, priors, source, Optics(40))
+    blank = LensModel(batch, priors, source, Optics())
     truth = 0.5 * torch.randn(lenses, blank.size, generator=generator, dtype=torch.float64)
     noise = NOISE * torch.randn(lenses, n, n, generator=generator, dtype=torch.float64)
     image = blank.image(truth) * batch.flux_unit[:, None, None] + noise
-    return LensModel(replace(batch, image=image), priors, source, Optics(40)), truth
+    return LensModel(replace(batch, image=image), priors, source, Optics()), truth
 
 
 def test_log_density_equals_pyros(model: tuple[LensModel, Tensor]) -> None:
@@ -116,6 +118,44 @@ def test_components_are_part_of_the_model(model: tuple[LensModel, Tensor]) -> No
     massless = PriorMap(priors.priors | {"halo_alpha_Rs": parse_prior(0.0)})
     same = LensModel(lens_model.batch, massless, lens_model.source, optics)
     torch.testing.assert_close(same.residuals(truth), lens_model.residuals(truth))
+
+
+SPHERE = {"far_theta_E": "Normal(0.1, 0.02)", "far_center_x": "0.8", "far_center_y": "0.4"}
+BULGE = {"bulge_amplitude": "LogNormal(0.5, 0.3)", "bulge_sd": "LogNormal(0.4, 0.2)", "bulge_q": "0.8"}
+BULGE |= {"bulge_phi": "0.3", "bulge_center_x": "Normal(0, 0.1)", "bulge_center_y": "0"}
+
+
+@pytest.mark.parametrize(
+    ("optics", "further"),
+    [
+        (Optics(build_table(65, (16, 0.1), (10, 1.1, 2.9)), supersampling=2), {}),
+        (Optics(light=Light({"bulge": "gaussian"})), BULGE | {"background": "Normal(0, 0.1)"}),
+        (
+            Optics(
+                line_of_sight=LineOfSight(
+                    (Composite({}), Composite({"far": "sis"})), 0, torch.tensor([[0, 0.4], [0, 0]]).double()
+                )
+            ),
+            SPHERE,
+        ),
+    ],
+    ids=["table", "light", "planes"],
+)
+def test_every_part_of_the_forward_model_has_its_derivatives(
+    model: tuple[LensModel, Tensor], optics: Optics, further: dict[str, str]
+) -> None:
+    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, and two planes."""
+    own = {name: parse_prior(text) for name, text in further.items()}
+    wider = LensModel(model[0].batch, PriorMap(Config().priors.expressions() | own), model[0].source, optics)
+    w = 0.4 * torch.randn(3, wider.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    residuals, jacobian = wider.linearise(w)
+    full = torch.autograd.functional.jacobian(lambda w: wider.residuals(w).flatten(1), w)
+    for lens in range(3):
+        torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(residuals, wider.residuals(w).flatten(1))
+    moved = [name for name in further if name in wider.priors.free]
+    columns = [wider.priors.free.index(name) for name in moved]
+    assert bool((jacobian[0, :, columns].abs().amax(0) > 1e-3).all())
 
 
 def test_gradient_follows_from_the_jacobian(model: tuple[LensModel, Tensor]) -> None:
