@@ -116,9 +116,12 @@ class Simulator:
         centre: x and y [lens] of the point of the source image that lies at `source_x, source_y`.
         """
         beta_x, beta_y = self.source_positions(p)
-        scale = 1 / p["source_size"]
-        u = beta_x * scale[:, None, None] + (centre[0] - p["source_x"] * scale)[:, None, None]
-        v = beta_y * scale[:, None, None] + (centre[1] - p["source_y"] * scale)[:, None, None]
+        scale = 1 / p["source_size"][:, None, None]
+        shift_u, shift_v = (c - p[n] / p["source_size"] for c, n in zip(centre, ("source_x", "source_y"), strict=True))
+        u, v = (
+            torch.addcmul(shift_u[:, None, None], beta_x, scale),
+            torch.addcmul(shift_v[:, None, None], beta_y, scale),
+        )
         return u, v
 
     def observe(self, rays: Tensor) -> Tensor:

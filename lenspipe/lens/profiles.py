@@ -94,7 +94,7 @@ def sis_potential(x: Tensor, y: Tensor, theta_E: Tensor, center_x: Tensor, cente
 
 def shear_deflection(x: Tensor, y: Tensor, gamma1: Tensor, gamma2: Tensor) -> Vector:
     """External shear about the origin (paper, eq. 13)."""
-    return gamma1 * x + gamma2 * y, gamma2 * x - gamma1 * y
+    return torch.addcmul(gamma1 * x, gamma2, y), torch.addcmul(gamma2 * x, -gamma1, y)
 
 
 def shear_potential(x: Tensor, y: Tensor, gamma1: Tensor, gamma2: Tensor) -> Tensor:

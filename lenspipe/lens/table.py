@@ -145,16 +145,20 @@ class _Deflection(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         x, y, theta_E, gamma, q, phi, center_x, center_y = ctx.saved_tensors
         place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, ctx.table)
-        (a, b), (uu, uv, vu, vv), (a_q, b_q), (a_gamma, b_gamma) = place.derivatives(q, gamma)
+        (m, n), (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = place.angular_derivatives(q, gamma)
         zero = torch.zeros_like(theta_E)
         dx, dy = (torch.zeros_like(x) if t is None else t for t in tangents[:2])
         d_theta, d_gamma, d_q, d_phi, d_cx, d_cy = ((zero if t is None else t)[:, None] for t in tangents[2:8])
         du, dv = rotate((dx - d_cx) / theta_E[:, None], (dy - d_cy) / theta_E[:, None], phi[:, None])
         growth = d_theta / theta_E[:, None]
-        du, dv = du + d_phi * place.v - growth * place.u, dv - d_phi * place.u - growth * place.v
-        da = uu * du + uv * dv + a_gamma * d_gamma + a_q * d_q + a * growth - b * d_phi
-        db = vu * du + vv * dv + b_gamma * d_gamma + b_q * d_q + b * growth + a * d_phi
-        return rotate(da, db, -phi[:, None])
+        # moving the point: d ln r and d eta; a larger theta_E brings it nearer, a larger phi turns it back
+        stretch = (place.u * du + place.v * dv) / place.radius2 - growth
+        turn = place.sign_u * place.sign_v * ((place.u * dv - place.v * du) / place.radius2 - d_phi)
+        gain = (2 - place.gamma) * stretch + growth - place.log_radius * d_gamma
+        da = place.power * place.sign_u * (m * gain + m_eta * turn + m_q * d_q + m_gamma * d_gamma)
+        db = place.power * place.sign_v * (n * gain + n_eta * turn + n_q * d_q + n_gamma * d_gamma)
+        a, b = place.power * place.sign_u * m, place.power * place.sign_v * n
+        return rotate(da - b * d_phi, db + a * d_phi, -phi[:, None])
 
 
 def _chunked(
@@ -199,18 +203,27 @@ def _backward(
     table: DeflectionTable,
 ) -> tuple[Tensor, ...]:
     place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, table)
-    (a, b), (uu, uv, vu, vv), (a_q, b_q), (a_gamma, b_gamma) = place.derivatives(q, gamma)
+    (m, n), (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = place.angular_derivatives(q, gamma)
     along, across = rotate(gradient_x, gradient_y, phi[:, None])
-    of_u, of_v = along * uu + across * vu, along * uv + across * vv
-    radial, turning = of_u * place.u + of_v * place.v, of_u * place.v - of_v * place.u
+    # the gradient times s theta_E and the signs of the quadrant, and its products with M, N and their derivatives
+    left, right = along * place.power * place.sign_u, across * place.power * place.sign_v
+    of_power = torch.addcmul(left * m, right, n)
+    of_eta = torch.addcmul(left * m_eta, right, n_eta)
+    of_q = torch.addcmul(left * m_q, right, n_q)
+    of_gamma = torch.addcmul(left * m_gamma, right, n_gamma) - place.log_radius * of_power
+    of_turn = place.sign_u * place.sign_v * of_eta
+    radial = (2 - place.gamma) * of_power
+    of_u = torch.addcmul(radial * place.u, -place.v, of_turn) / place.radius2
+    of_v = torch.addcmul(radial * place.v, place.u, of_turn) / place.radius2
+    turning = torch.addcmul(across * place.sign_u * m, along * place.sign_v, -n) * place.power - of_turn
     of_x, of_y = (part / theta_E[:, None] for part in rotate(of_u, of_v, -phi[:, None]))
     return (
         of_x,
         of_y,
-        ((along * a + across * b) - radial).sum(-1) / theta_E,
-        (along * a_gamma + across * b_gamma).sum(-1),
-        (along * a_q + across * b_q).sum(-1),
-        (across * a - along * b + turning).sum(-1),
+        (gamma - 1) * of_power.sum(-1) / theta_E,
+        of_gamma.sum(-1),
+        of_q.sum(-1),
+        turning.sum(-1),
         -of_x.sum(-1),
         -of_y.sum(-1),
     )
@@ -241,37 +254,29 @@ class _Place:
         self.cell = eta.detach().long().clamp(max=n - 1)
         self.t = eta - self.cell
         self.radius2 = torch.addcmul(torch.addcmul(self.v.new_tensor(tiny), self.u, self.u), self.v, self.v)
-        self.power = self.theta_E * self.radius2 ** (1 - self.gamma / 2)
+        self.log_radius = torch.log(self.radius2) / 2
+        self.power = self.theta_E * torch.exp((2 - self.gamma) * self.log_radius)
+        self.sign_u, self.sign_v = self.u.sign(), self.v.sign()
 
     def components(self, pieces: Tensor) -> tuple[Tensor, Tensor]:
         """A and B."""
         m, n = (self._cubic(pieces, k) for k in (0, 4))
-        return self.power * self.u.sign() * m, self.power * self.v.sign() * n
+        return self.power * self.sign_u * m, self.power * self.sign_v * n
 
-    def derivatives(self, q: Tensor, gamma: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        """(A, B); dA/du, dA/dv, dB/du, dB/dv; (A, B) with respect to q and to gamma: those of the interpolant."""
+    def angular_derivatives(self, q: Tensor, gamma: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """M and N, and their derivatives with respect to eta, q and gamma: those of the interpolant."""
         pieces, of_q, of_gamma = self.table.contract_with_slopes(q, gamma)
-        (m, dm), (n, dn) = (self._cubic_and_slope(pieces, k) for k in (0, 4))
-        left, right = self.power * self.u.sign(), self.power * self.v.sign()
-        outer, steep = self.power / self.radius2, 2 - self.gamma
-        across, along = self.u.abs(), self.v.abs()
-        sign = self.u.sign() * self.v.sign()
-        uu = outer * (steep * across * m - along * dm)
-        vv = outer * (steep * along * n + across * dn)
-        uv = outer * sign * (steep * along * m + across * dm)
-        vu = outer * sign * (steep * across * n - along * dn)
-        half = torch.log(self.radius2) / 2
-        m_q, n_q = (self._cubic(of_q, k) for k in (0, 4))
-        m_gamma, n_gamma = (self._cubic(of_gamma, k) for k in (0, 4))
-        return (
-            (left * m, right * n),
-            (uu, uv, vu, vv),
-            (left * m_q, right * n_q),
-            (left * (m_gamma - half * m), right * (n_gamma - half * n)),
-        )
+        (m, m_eta), (n, n_eta) = (self._cubic_and_slope(pieces, k) for k in (0, 4))
+        by_q, by_gamma = ((self._cubic(p, 0), self._cubic(p, 4)) for p in (of_q, of_gamma))
+        return (m, n), (m_eta, n_eta), by_q, by_gamma
 
     def _gather(self, pieces: Tensor, first: int) -> list[Tensor]:
-        return [pieces[:, first + k].gather(1, self.cell) for k in range(4)]
+        lenses, rays = self.cell.shape
+        bands = max(1, torch.get_num_threads() // lenses)  # gather gives a thread whole rows
+        if bands == 1 or rays % bands or pieces.is_cuda:
+            return [pieces[:, first + k].gather(1, self.cell) for k in range(4)]
+        cell, wide = self.cell.reshape(lenses * bands, -1), pieces.repeat_interleave(bands, 0)
+        return [wide[:, first + k].gather(1, cell).reshape(lenses, rays) for k in range(4)]
 
     def _cubic(self, pieces: Tensor, first: int) -> Tensor:
         c0, c1, c2, c3 = self._gather(pieces, first)
