@@ -436,6 +436,9 @@ class Summary(Section):
         5.0, description="greatest |chi2 per pixel - 1| in units of its own scatter, sqrt(2 / pixels)"
     )
     chi2_floor: float = Field(0.02, ge=0, description="|chi2 per pixel - 1| below this is never flagged")
+    magnification_min: float = Field(
+        2.0, ge=0, description="least magnification of a source whose centre has a single image"
+    )
 
 
 class Report(Section):

@@ -18,6 +18,7 @@ from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, open_groups, p
 from lenspipe.results import Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
+FROM_DRAWS = ("source_total_flux", "source_lensed_flux", "magnification")
 
 
 def write_summary(settings: Summary, paths: Results) -> None:
@@ -64,9 +65,12 @@ def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
     draws = {name: group[name].to_numpy().astype(float) for name in parameter_names(group)}
     draws |= {name: unwrapped(values) for name, values in draws.items() if is_angle(name)}
     for name, values in draws.items():
-        p16, median, p84 = np.percentile(values, [16, 50, 84], axis=(1, 2))
-        columns |= {f"{name}_median": median, f"{name}_p16": p16, f"{name}_p84": p84}
+        columns |= quantiles(name, values.reshape(len(names), -1))
         columns[f"{name}_map"] = group[f"{name}_map"].to_numpy()
+    for name in FROM_DRAWS:
+        columns |= quantiles(name, group[name].to_numpy())
+    for name in ("einstein_radius_map", "images_map"):
+        columns[name] = group[name].to_numpy()
     further = [name for name in draws if name not in PARAMETERS and not is_angle(name)]
     columns |= diagnostics({name: draws[name] for name in (*DIAGNOSED, *further)})
     columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
@@ -78,6 +82,12 @@ def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
         flags = find_flags(row, group.sizes["chain"] * group.sizes["draw"], settings)
         rows.append({"name": name, "status": "flagged" if flags else "ok", "flags": " ".join(flags), **row})
     return rows
+
+
+def quantiles(name: str, values: NDArray) -> dict[str, NDArray]:
+    """Median and central 68 % [lens] of values [lens, draw]."""
+    p16, median, p84 = np.percentile(values, [16, 50, 84], axis=1)
+    return {f"{name}_median": median, f"{name}_p16": p16, f"{name}_p84": p84}
 
 
 def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
@@ -110,6 +120,7 @@ def find_flags(row: dict[str, float], draws: int, settings: Summary) -> list[str
         "chi2_high": row["chi2_per_pixel"] <= 1 + tolerance,
         "chi2_low": row["chi2_per_pixel"] >= 1 - tolerance,
         "map_not_converged": bool(row["converged"]),
+        "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
     }
     return [name for name, good in passed.items() if not good]
 

@@ -28,7 +28,7 @@ from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Config, load_config
 from lenspipe.errors import InputError
-from lenspipe.fit import hmc, map_search
+from lenspipe.fit import derived, hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import keep_freed_memory
@@ -216,6 +216,7 @@ def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr
     data["start_log_density"] = (("lens", "start"), found.start_log_density.numpy())
     data["converged"] = ("lens", found.converged.numpy())
     data["step_size"] = ("lens", draws.step_size.numpy())
+    data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
     return xr.Dataset(data | _pictures(model, found.w, draws.w))
 
 
@@ -228,7 +229,7 @@ def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
-    """Model and source at the MAP, and their posterior mean and spread over draws spread evenly, in image units.
+    """Model and source at the MAP, their mean and spread over draws spread evenly, and fluxes; in image units.
 
     All pictures of a source are in the frame of its MAP.
     """
@@ -237,6 +238,7 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     flat = draws.flatten(1, 2)
     chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)
     models = torch.stack([model.image(w) for w in chosen])
+    total, lensed = (torch.stack(f, 1) for f in zip(*(derived.source_fluxes(model, w) for w in chosen), strict=True))
     frame = model.source_frame(w_map)
     sources = torch.stack([model.source_plane(w, frame) for w in chosen])
     return {
@@ -246,6 +248,9 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
         "source_mean": (source, (unit * sources.mean(0)).numpy()),
         "source_sd": (source, (unit * sources.std(0)).numpy()),
         "source_frame": (("lens", "frame"), frame.numpy()),
+        "source_total_flux": (("lens", "sample"), (unit[:, 0] * total).numpy()),
+        "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),
+        "magnification": (("lens", "sample"), (lensed / total).numpy()),
     }
 
 

@@ -140,6 +140,13 @@ class Simulator:
             return None
         return self.optics.light.brightness(self.x, self.y, {name: value[:, None, None] for name, value in p.items()})
 
+    def source_rays(self, p: Parameters, source: Tensor | Brightness) -> Tensor:
+        """Brightness of the lensed source along the rays, without PSF: [lens, ny s, nx s]; see `image`."""
+        if callable(source):
+            return source(*self.source_positions(p))
+        rays = self.rays(self.source_points(p, light_centre(source)), source[:, None])[:, 0]
+        return p["source_flux"][:, None, None] * rays
+
     def image(self, p: Parameters, source: Tensor | Brightness) -> Tensor:
         """Images [lens, ny, nx]; p: [lens] each, canonical.
 
@@ -147,11 +154,7 @@ class Simulator:
         `source_x, source_y`; or any function of the position in the source plane ["], [lens, ny s, nx s] each, to the
         brightness there. The light of the lens galaxy and a `background`, where there are any, are added.
         """
-        if callable(source):
-            rays = source(*self.source_positions(p))
-        else:
-            rays = self.rays(self.source_points(p, light_centre(source)), source[:, None])[:, 0]
-            rays = p["source_flux"][:, None, None] * rays
+        rays = self.source_rays(p, source)
         light = self.lens_light(p)
         image = self.observe((rays if light is None else rays + light)[:, None])[:, 0]
         return image + p["background"][:, None, None] if "background" in p else image

@@ -1,6 +1,7 @@
 """Posteriors on disk: one Zarr folder a shard, in it one group for each shape of image.
 
-A group has dimensions lens, chain, draw and, where they apply, latent, start, y, x, source_row, source_column:
+A group has dimensions lens, chain, draw and, where they apply, latent, start, sample, y, x, source_row,
+source_column:
 
 | variables | dimensions |
 |---|---|
@@ -8,6 +9,8 @@ A group has dimensions lens, chain, draw and, where they apply, latent, start, y
 | `latent` (standard normal) | lens, chain, draw, latent |
 | `log_density, acceptance, diverging, energy` | lens, chain, draw |
 | `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
+| `einstein_radius_map` ["], of the critical curve; `images_map`, of the source's centre | lens |
+| `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
 | `start_log_density` | lens, start |
 | `model_map, model_mean` (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |

@@ -3,8 +3,8 @@
 Images of an elliptical power law with shear, 256 x 256 pixels in single precision, one ray a pixel, a Gaussian PSF of
 17 x 17 pixels, and either a Sersic source or an image of 64 x 64 pixels. `gradient` is the log-likelihood with its
 gradient with respect to every parameter and, where the source is an image, to its pixels. Times are ms an image, the
-fastest of several runs. Peers that are installed (`pip install ".[peers]"`) are run in turn in the same process on the
-same cores: compare lines of one run only.
+fastest of several runs. Peers that are installed (`pip install ".[peers]"`) are run in turn on the same cores: compare
+lines of one run only. `peak memory` is that of a process that does all of a package's measurements of one batch size.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def ours(batch: int, table: DeflectionTable) -> Iterator[Work]:
         yield kind, "gradient", gradient
 
 
-def caustics_work(batch: int) -> Iterator[Work]:
+def caustics_work(batch: int, psf_mode: str) -> Iterator[Work]:
     import caustics
 
     cosmology = caustics.FlatLambdaCDM()
@@ -128,7 +128,7 @@ def caustics_work(batch: int) -> Iterator[Work]:
             source = caustics.Pixelated(shape=(64, 64), pixelscale=2.0 / 64)
             begin = [0.1, 0.05, *SOURCE.ravel()]
         simulator = caustics.LensSource(
-            lens, source, SCALE, PIXELS, psf=torch.from_numpy(KERNEL).float(), psf_shape=KERNEL.shape, psf_mode="conv2d"
+            lens, source, SCALE, PIXELS, psf=torch.from_numpy(KERNEL).float(), psf_shape=KERNEL.shape, psf_mode=psf_mode
         )
         simulator.to(dtype=torch.float32)
         start = np.array([0.01, -0.02, 0.8, 0.2, 1.2, 1.1, 0.03, -0.02, *begin])
@@ -233,7 +233,9 @@ def lenstronomy_work(batch: int) -> Iterator[Work]:
 
 
 PEERS: dict[str, Callable[[int], Iterator[Work]]] = {
-    "caustics": caustics_work,
+    "lenspipe": lambda batch: ours(batch, shipped_table()),
+    "caustics, PSF by conv2d": partial(caustics_work, psf_mode="conv2d"),
+    "caustics, PSF by FFT": partial(caustics_work, psf_mode="fft"),
     "herculens": herculens_work,
     "jaxtronomy": jaxtronomy_work,
     "lenstronomy": lenstronomy_work,
@@ -245,40 +247,29 @@ def measure(package: str, work: Iterator[Work], batch: int) -> None:
         say(package=package, what=what, source=source, batch=batch, ms=round(fastest(run) / batch, 2))
 
 
-def memory(batch: int) -> float:
-    """Peak memory [MB] of a process that computes the gradient of one batch, source pixels included."""
-    command = [sys.executable, __file__, "--gradient", str(batch)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def gradient_alone(batch: int) -> None:
-    keep_freed_memory()
-    table = build_table(65, (16, 0.1), (8, 1.1, 2.9)).to(dtype=torch.float32)
-    for source, what, run in ours(batch, table):
-        if (source, what) == ("pixels", "gradient"):
-            run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+def one(package: str, batch: int) -> None:
+    """All measurements of one package at one batch size, and the peak memory of the process."""
+    if package == "lenspipe":
+        keep_freed_memory()
+    measure(package, PEERS[package](batch), batch)
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    say(package=package, what="peak memory", batch=batch, MB=round(megabytes))
 
 
 def main() -> None:
-    if "--gradient" in sys.argv:
-        gradient_alone(int(sys.argv[-1]))
+    if len(sys.argv) > 1:
+        one(sys.argv[1], int(sys.argv[2]))
         return
-    keep_freed_memory()
-    table = shipped_table()
     say(threads=torch.get_num_threads(), pixels=PIXELS, kernel=list(KERNEL.shape))
-    deflections(table)
+    keep_freed_memory()
+    deflections(shipped_table())
     for batch in BATCHES:
-        measure("lenspipe", ours(batch, table), batch)
-        for name, peer in PEERS.items():
-            try:
-                measure(name, peer(batch), batch)
-            except ModuleNotFoundError as error:
-                say(package=name, missing=str(error))
-            except Exception as error:  # what a peer cannot do is a line, not the end of the run
-                say(package=name, batch=batch, failed=f"{type(error).__name__}: {error}"[:200])
-    small, large = memory(1), memory(32)
-    say(package="lenspipe", what="peak memory per lens", MB=round((large - small) / 31, 1), process_MB=round(small))
+        for package in PEERS:  # each in a process of its own: one that runs out of memory ends alone
+            command = [sys.executable, "-W", "ignore", __file__, package, str(batch)]
+            ended = subprocess.run(command, text=True, stderr=subprocess.PIPE)
+            if ended.returncode:
+                last = ended.stderr.strip().splitlines()[-1:] or [f"killed by signal {-ended.returncode}"]
+                say(package=package, batch=batch, failed=last[0][:200])
 
 
 if __name__ == "__main__":

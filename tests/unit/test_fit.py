@@ -17,7 +17,7 @@ from torch import Tensor
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
 from lenspipe.errors import InputError
-from lenspipe.fit import hmc, map_search
+from lenspipe.fit import derived, hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
 from lenspipe.image.light import Light
@@ -184,6 +184,29 @@ def test_wide_pixels_blur_as_narrow_ones_do(model: tuple[LensModel, Tensor]) -> 
         blurred = Convolution(kernel / kernel.sum((1, 2), keepdim=True), (24, 24))(narrow)
         torch.testing.assert_close(Convolution(wide.psf, (12, 12))(image), torch.nn.functional.avg_pool2d(blurred, 2))
         assert wide.pixel_scale.tolist() == pytest.approx([0.4] * 3)
+
+
+def test_magnification_and_images(model: tuple[LensModel, Tensor]) -> None:
+    """Without a lens the source is seen once and not magnified; with one, the critical curve has the radius theta_E."""
+    lens_model = model[0]
+    flat = {"theta_E": "1e-4", "gamma": "2", "e1": "0", "e2": "0", "gamma1": "0", "gamma2": "0"}
+    flat |= {"source_size": "2.0", "center_x": "0.3", "center_y": "0.3"}
+
+    def fixed(changes: dict[str, str]) -> LensModel:
+        priors = Config().priors.expressions() | {name: parse_prior(text) for name, text in changes.items()}
+        return LensModel(lens_model.batch, PriorMap(priors), lens_model.source, lens_model.optics)
+
+    nothing = fixed(flat)
+    w = torch.zeros(3, nothing.size, dtype=torch.float64)
+    total, lensed = derived.source_fluxes(nothing, w)
+    torch.testing.assert_close(lensed, total, rtol=0.01, atol=0)
+    assert derived.geometry(nothing, w)["images"].tolist() == [1, 1, 1]
+    lens = fixed(flat | {"theta_E": "1.1", "e1": "0.1", "center_x": "0", "center_y": "0", "source_size": "1.0"})
+    total, lensed = derived.source_fluxes(lens, w)
+    assert bool((lensed > 5 * total).all())
+    found = derived.geometry(lens, w)
+    np.testing.assert_allclose(found["einstein_radius"], 1.1, rtol=1e-3)
+    assert found["images"].tolist() == [4, 4, 4]
 
 
 def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:

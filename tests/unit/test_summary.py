@@ -16,6 +16,8 @@ GOOD = {
     "divergences": 0,
     "chi2_per_pixel": 1.0,
     "converged": True,
+    "images_map": 4,
+    "magnification_median": 8.0,
 }
 
 
@@ -56,6 +58,9 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"chi2_per_pixel": 1.2}, ["chi2_high"]),
         ({"chi2_per_pixel": 0.8}, ["chi2_low"]),
         ({"chi2_per_pixel": float("nan")}, ["chi2_high", "chi2_low"]),
+        ({"images_map": 1}, []),
+        ({"images_map": 1, "magnification_median": 1.4}, ["single_image"]),
+        ({"images_map": 0, "magnification_median": float("nan")}, ["single_image"]),
         ({"converged": False, "r_hat_max": 3.0}, ["r_hat", "map_not_converged"]),
     ],
 )
