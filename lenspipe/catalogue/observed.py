@@ -10,6 +10,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from lenspipe.catalogue.point_images import point_images
 from lenspipe.errors import InputError
 from lenspipe.image.noise import signal_to_noise
 
@@ -52,13 +53,31 @@ def read_lens(
     usable &= noise < NOISE_MASKED * np.median(noise[usable])
     if not usable.any():
         raise InputError(f"{noise_path}: no pixel has a finite noise")
-    image, noise = np.where(usable, image, 0.0), np.where(usable, noise, 1.0)
     if not np.isfinite(psf).all() or psf.sum() <= 0:
         raise InputError(f"{psf_path}: the PSF must be finite with a sum above zero, found a sum of {psf.sum():g}")
+    _refuse_point_images(image_path, image, noise, usable, psf)
+    image, noise = np.where(usable, image, 0.0), np.where(usable, noise, 1.0)
     unit = float(gaussian_filter(image, 1.0).max()) if flux_unit is None else flux_unit
     if not unit > 0:
         raise InputError(f"{image_path}: no light above zero in the usable pixels")
     return LensImage(image, noise, usable, psf / psf.sum(), unit, signal_to_noise(image, noise, usable))
+
+
+def _refuse_point_images(
+    path: Path,
+    image: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    usable: NDArray[np.bool_],
+    psf: NDArray[np.float64],
+) -> None:
+    """A galaxy's light may have one sharp peak; several are a lensed quasar, stars or a PSF that is too wide."""
+    points = point_images(image, noise, usable, psf)
+    if len(points) > 1:
+        places = ", ".join(f"({x}, {y})" for x, y in points)
+        raise InputError(
+            f"{path}: {len(points)} point images at pixels (x, y) = {places}, as a lensed quasar has; only lensed "
+            "galaxies can be fitted: mask stars, or leave this lens out"
+        )
 
 
 def read_image(path: Path) -> NDArray[np.float64]:

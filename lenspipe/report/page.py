@@ -380,6 +380,9 @@ def diagnostics_table(row: dict[str, Any], statistics: Any, images: Any) -> Tabl
         ["divergent", number(row, "divergences", ".0f")],
         ["mean acceptance", f"{float(statistics['acceptance_rate'].mean()):.2f}"],
         ["seconds, MAP and draws", number(row, "seconds", ".1f")],
+        ["total magnification", within_error(row, "magnification")],
+        ["images of the source's centre, at the MAP", number(row, "images_map", ".0f")],
+        ["Einstein radius of the critical curve, at the MAP", number(row, "einstein_radius_map", ".3f") + "″"],
     ]
     return Table(["diagnostic", "value"], rows)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from astropy.io import fits
 
+from lenspipe.catalogue.observed import read_image, read_lens
+from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
 from lenspipe.config import Catalogue
 from lenspipe.errors import InputError
+from lenspipe.image.psf import gaussian_kernel
 
 HEADER = "name,pixel_scale,image,noise,psf,mask\n"
 
@@ -120,6 +125,48 @@ def test_bad_lens_is_a_row(folder: Path, what: str, reason: str) -> None:
     status, found = catalogue_of(folder, spoil(folder, what))
     assert status == "failed"
     assert reason in found
+
+
+def field(points: list[tuple[int, int]], blobs: list[tuple[int, int]]) -> np.ndarray:
+    """Point images and smooth blobs, blurred by a PSF of 1.2 px, with noise of 0.05."""
+    y, x = np.mgrid[:60, :60]
+    image = 0.05 * np.random.default_rng(1).normal(size=(60, 60))
+    for column, row in points:
+        image += 5 * np.exp(-((x - column) ** 2 + (y - row) ** 2) / (2 * 1.2**2))
+    for column, row in blobs:
+        image += 5 * np.exp(-((x - column) ** 2 + (y - row) ** 2) / (2 * 2.2**2))
+    return image
+
+
+def test_a_lensed_quasar_is_refused_and_galaxies_are_not(folder: Path) -> None:
+    write(folder / "wide_noise.fits", np.full((60, 60), 0.05))
+    write(folder / "blur.fits", gaussian_kernel(1.2))
+    write(folder / "quasar.fits", field([(15, 20), (44, 40)], [(30, 30)]))
+    write(folder / "star.fits", field([(15, 20)], [(30, 30), (44, 40)]))
+    rows = [f"{name},0.05,{name}.fits,wide_noise.fits,blur.fits," for name in ("quasar", "star")]
+    (folder / "lenses.csv").write_text(HEADER + "\n".join(rows) + "\n")
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    table = read_catalogue(out).set_index("name")
+    assert table["status"].tolist() == ["failed", "usable"]
+    assert "quasar.fits: 2 point images at pixels (x, y) = " in table.loc["quasar", "reason"]
+    assert "(15, 20)" in table.loc["quasar", "reason"]
+
+
+@pytest.mark.skipif("LENSPIPE_DATA" not in os.environ, reason="needs real lenses: set LENSPIPE_DATA")
+def test_point_images_of_others_mocks_and_of_real_lenses() -> None:
+    """Both lensed quasars of the time-delay challenge are refused; none of the observed galaxy lenses is."""
+    data = Path(os.environ["LENSPIPE_DATA"])
+    for place in sorted((data / "mocks/tdlmc_quasars").glob("*/*/drizzled_image")):
+        with pytest.raises(InputError, match="point images at pixels"):
+            read_lens(place / "lens-image.fits", place / "noise_map.fits", place / "psf.fits", None, None)
+    table = pd.read_csv(data / "lenses/lenses.csv")
+    for row in table.itertuples():
+        files = [data / "lenses" / name for name in (row.image, row.noise, row.psf)]
+        images = [read_image(path) for path in files]
+        usable = np.isfinite(images[0]) & (images[1] > 0) & (images[1] < 1e6 * np.median(images[1]))
+        clean = np.where(usable, images[0], 0), np.where(usable, images[1], 1)
+        assert len(point_images(*clean, usable, images[2])) < 2, row.name
 
 
 @pytest.mark.parametrize(
