@@ -267,6 +267,11 @@ DOMAINS = {
     "q": (0, 1),
     "source_size": (0, math.inf),
     "source_flux": (0, math.inf),
+    "Rs": (0, math.inf),
+    "r_trunc": (0, math.inf),
+    "R_sersic": (0, math.inf),
+    "n_sersic": (0.36, math.inf),  # below, the half-light radius of the profile is not what it says
+    "sd": (0, math.inf),
 }
 
 
@@ -318,9 +323,10 @@ class Priors(Section):
 
     @model_validator(mode="after")
     def _within_their_domains(self) -> Priors:
-        for name, (low, high) in DOMAINS.items():
-            prior = getattr(self, name)
-            if prior is not None and not (low <= prior.support[0] and prior.support[1] <= high):
+        own = {name: name for name in type(self).model_fields}
+        for name, prior in self.expressions().items():
+            low, high = DOMAINS.get(own.get(name, name.partition("_")[2]), (-math.inf, math.inf))
+            if not (low <= prior.support[0] and prior.support[1] <= high):
                 raise ValueError(f"{name} = {prior} reaches outside [{low:g}, {high:g}]; truncate it")
         return self
 

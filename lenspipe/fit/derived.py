@@ -33,8 +33,8 @@ def source_fluxes(model: LensModel, w: Tensor) -> tuple[Tensor, Tensor]:
 def geometry(model: LensModel, w: Tensor) -> dict[str, np.ndarray]:
     """`einstein_radius` ["] and `images`, [lens] each, at w [lens, size].
 
-    einstein_radius: of the circle with the area within the tangential critical curve; images: of the centre of the source's light, with a magnification of 0.1 or more. NaN and 0 where a lens is too
-    odd for them to be found.
+    einstein_radius: of the circle with the area within the tangential critical curve; images: of the centre of the
+    source's light, with a magnification of 0.1 or more. NaN and 0 where a lens is too odd for them to be found.
     """
     optics = replace(model.optics, deflection=None)
     radii, counts = [], []

@@ -210,7 +210,7 @@ def deflection_section(table: Path) -> Table | None:
     rows.append(["nodes in η, q, γ", " × ".join(str(settings[f"{name}_nodes"]) for name in ("eta", "q", "gamma"))])
     errors = facts["errors"]
     rows.append(["greatest error of the deflection [θ_E]", f"{errors['max_error']:.2g}"])
-    rows.append(["greatest error of its derivatives in q and γ, relative", f"{errors['max_gradient_error']:.2g}"])
+    rows.append(["greatest error of its derivatives in x, y, q and γ, relative", f"{errors['max_gradient_error']:.2g}"])
     return Table(["", "value"], rows)
 
 

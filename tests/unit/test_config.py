@@ -113,6 +113,14 @@ def test_settings_survive_json() -> None:
             },
             r"far \(2.5\) is not in front of source_redshift \(2\)",
         ),
+        (
+            {"lens": {"components": {"far": "sis"}}, "priors": {"components": {"far_theta_E": "Normal(0.1, 0.1)"}}},
+            r"far_theta_E = Normal\(0.1, 0.1\) reaches outside \[0, inf\]; truncate it",
+        ),
+        (
+            {"priors": {"light": {"bulge_n_sersic": "Uniform(0.2, 8)"}}},
+            r"bulge_n_sersic = Uniform\(0.2, 8\) reaches outside \[0.36, inf\]",
+        ),
         ({"lens": {"light": {"bulge": "sersik"}}}, r"lens.light.bulge: Input should be 'sersic' or 'gaussian'"),
         ({"lens": {"light": {"bulge": "gaussian"}}}, "no prior of bulge_amplitude, .* which lens.light needs"),
         (

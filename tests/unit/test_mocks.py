@@ -105,3 +105,24 @@ def test_noise_levels_share_the_lens_and_have_their_noise(paths: Results) -> Non
     assert truths.nunique().max() == 1
     assert {"true_theta_E", "true_q", "true_phi", "true_e1", "true_source_flux"} <= set(truths)
     assert float(fits.getval(paths.mocks / "mock-0000-loud/image.fits", "PIXSCALE")) == 0.2
+
+
+def test_lens_light_and_photon_noise_are_part_of_a_mock(paths: Results) -> None:
+    """The noise map is that of the clean image, the truth has the light's parameters, the centre shines."""
+    light = {"amplitude": "2", "sd": "0.3", "q": "0.8", "phi": "0.1", "center_x": "0", "center_y": "0"}
+    changes = {
+        "lens": {"deflection": "series", "light": {"bulge": "gaussian"}},
+        "priors": {"background": "0.5", "light": {f"bulge_{name}": value for name, value in light.items()}},
+    }
+    base = settings(systems=1).model_dump(mode="json")
+    base["mocks"]["noise_levels"] = [{"name": "photons", "sd": 0.01, "counts": 100}]
+    base["lens"] |= changes["lens"]
+    base["priors"] = changes["priors"]
+    write_mocks(load_config(base), paths)
+    place = paths.mocks / "mock-0000-photons"
+    image, noise = (fits.getdata(place / f"{name}.fits").astype(float) for name in ("image", "noise"))
+    assert image[11:13, 11:13].mean() > 1.5
+    assert noise[12, 12] > 1.3 * noise[0, 0] > 1.3 * np.sqrt(0.01**2 + 0.4 / 100)
+    assert np.std((image - 0.5)[0] / noise[0]) < 2
+    table = pd.read_csv(paths.mocks / "lenses.csv")
+    assert (table["true_bulge_amplitude"][0], table["true_background"][0]) == (2, 0.5)
