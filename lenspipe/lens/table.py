@@ -48,10 +48,10 @@ class DeflectionTable:
         return {name: (float(n[0]), float(n[-1])) for name, n in (("q", self.q), ("gamma", self.gamma))}
 
     def check(self, q: Tensor, gamma: Tensor) -> None:
-        """Raise ValueError, with the values, where a parameter is outside the table or not a number."""
+        """Raise ValueError, with the values, where a parameter is outside the table; NaN passes, and makes NaN."""
         for name, value in (("q", q.detach()), ("gamma", gamma.detach())):
             low, high = self.bounds[name]
-            outside = ~((value >= low - 1e-6) & (value <= high + 1e-6))
+            outside = (value < low - 1e-6) | (value > high + 1e-6)
             if bool(outside.any()):
                 found = ", ".join(f"{v:.4g}" for v in value[outside].tolist())
                 raise ValueError(f"{name} = {found} is outside the deflection table [{low:g}, {high:g}]")
@@ -251,7 +251,7 @@ class _Place:
         tiny = torch.finfo(x.dtype).tiny ** 0.5
         n = table.values.shape[-1] - 1
         eta = torch.atan2(self.v.abs(), self.u.abs() + tiny) * (n / (torch.pi / 2))
-        self.cell = eta.detach().long().clamp(max=n - 1)
+        self.cell = eta.detach().long().clamp(0, n - 1)
         self.t = eta - self.cell
         self.radius2 = torch.addcmul(torch.addcmul(self.v.new_tensor(tiny), self.u, self.u), self.v, self.v)
         self.log_radius = torch.log(self.radius2) / 2

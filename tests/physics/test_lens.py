@@ -146,10 +146,27 @@ def test_table_refuses_what_it_does_not_cover(table: DeflectionTable) -> None:
     x = torch.ones(2, 1, dtype=torch.float64)
     zero, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     table.deflection(x, x, one, torch.tensor([1.1, 2.9]), torch.tensor([0.1, 1.0]), zero, zero, zero)
-    with pytest.raises(ValueError, match=r"q = 0.05, nan is outside the deflection table \[0.1, 1\]"):
-        table.deflection(x, x, one, 2 * one, torch.tensor([0.05, math.nan]), zero, zero, zero)
+    with pytest.raises(ValueError, match=r"q = 0.05 is outside the deflection table \[0.1, 1\]"):
+        table.deflection(x, x, one, 2 * one, torch.tensor([0.05, 0.5]), zero, zero, zero)
     with pytest.raises(ValueError, match=r"gamma = 2.95 is outside the deflection table \[1.1, 2.9\]"):
         table.deflection(x, x, one, torch.tensor([2.0, 2.95]), one, zero, zero, zero)
+
+
+@pytest.mark.parametrize("deflect", ["table", "series"])
+def test_what_is_not_a_number_stays_with_its_lens(table: DeflectionTable, deflect: str) -> None:
+    """A trajectory that has left all numbers is one lens's: no error, and nothing of it in its neighbours."""
+    x = torch.ones(2, 3, dtype=torch.float64)
+    one, lost = torch.ones(2, dtype=torch.float64), torch.tensor([0.7, math.nan], dtype=torch.float64)
+    values = (one, 2 * lost + 0.6, lost, lost, lost, lost)
+    if deflect == "table":
+        values = tuple(value.clone().requires_grad_() for value in values)
+        a, b = table.deflection(x, x, *values)
+        gradients = torch.autograd.grad((a + b)[0].sum(), values)
+        assert all(bool(torch.isfinite(g[0])) for g in gradients)
+    else:
+        a, b = PROFILES["epl"].deflection(x, x, *(value[:, None] for value in values))
+    assert bool(torch.isfinite(a[0] + b[0]).all())
+    assert bool(torch.isnan(a[1] + b[1]).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
