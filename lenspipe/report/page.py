@@ -68,6 +68,7 @@ FLAGS = {
     "chi2_high": "chi² per pixel above 1 by more than summary.chi2_tolerance allows",
     "chi2_low": "chi² per pixel below 1 by more than summary.chi2_tolerance allows",
     "map_not_converged": "the MAP search stopped before it converged",
+    "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
     "failed": "no posterior; the reason is given",
 }
 

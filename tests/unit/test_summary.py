@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from lenspipe.config import Summary
+from lenspipe.report.page import FLAGS
 from lenspipe.summary import ascii_text, diagnostics, find_flags, unwrapped
 
 GOOD = {
@@ -66,6 +67,11 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
 )
 def test_flags(change: dict[str, float], flags: list[str]) -> None:
     assert find_flags(GOOD | change, 1000, Summary()) == flags
+
+
+def test_the_report_explains_every_flag() -> None:
+    bad = {name: float("nan") for name in GOOD} | {"pixels": 4096, "converged": False}
+    assert {*find_flags(bad, 1000, Summary()), "failed"} == FLAGS.keys()
 
 
 def test_few_pixels_may_scatter_more() -> None:
