@@ -101,12 +101,17 @@ class RealGalaxyCatalogInput(Section):
     layout: Literal["real_galaxy_catalog"]
     catalogue: str = Field(description="path of real_galaxy_catalog_*.fits; images are looked up beside it")
     fits: str | None = Field(None, description="path of the _fits table; none: <catalogue>_fits.fits where it exists")
+    selection: str | None = Field(None, description="path of the _selection table; none: <catalogue>_selection.fits")
+    exclusion: Literal["none", "bad_stamp", "bad_fits", "marginal"] = Field(
+        "none", description="GalSim's exclusion level, before the other cuts"
+    )
+    sample: Literal["23.5", "25.2"] = Field("23.5", description="COSMOS sample whose limits bad_stamp and marginal use")
     split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
 
     @property
     def files(self) -> tuple[str, ...]:
         """Files from outside that it names."""
-        return (self.catalogue, self.fits) if self.fits else (self.catalogue,)
+        return tuple(path for path in (self.catalogue, self.fits, self.selection) if path)
 
 
 class StampArchiveInput(Section):

@@ -52,14 +52,17 @@ class GalaxyStamp:
     sersic: SersicFit | None = None  # None: the catalogue has no Sersic fits
     zero_outside: bool = False  # pixels outside the galaxy are exactly 0
     excluded: bool = False  # left out by hand
+    below_level: bool = False  # removed by the exclusion level
 
 
-def read_real_galaxy_catalog(catalogue: Path, sersic_table: Path | None = None) -> Iterator[GalaxyStamp]:
+def read_real_galaxy_catalog(
+    catalogue: Path, sersic_table: Path | None = None, excluded_rows: NDArray[np.bool_] | None = None
+) -> Iterator[GalaxyStamp]:
     """Galaxies of a RealGalaxyCatalog, by image file and HDU; one image file is open at a time.
 
     `sersic_table` is the `_fits` table; None: `<catalogue>_fits.fits`, where it exists and holds Sersic fits.
-    A galaxy that has no row there counts as a failed fit. Raises InputError for files and columns that are missing,
-    HDUs that are not there and files cut short.
+    A galaxy that has no row there counts as a failed fit. `excluded_rows` are below an exclusion level. Raises
+    InputError for files and columns that are missing, HDUs that are not there and files cut short.
     """
     table = read_table(catalogue)
     require(table, REQUIRED, catalogue)
@@ -72,6 +75,7 @@ def read_real_galaxy_catalog(catalogue: Path, sersic_table: Path | None = None) 
             pixel_scale=float(table["PIXEL_SCALE"][row]),
             noise_sd=float(np.sqrt(max(0.0, table["NOISE_VARIANCE"][row]))),
             sersic=None if sersic is None else sersic.get(ident, NO_FIT),
+            below_level=excluded_rows is not None and bool(excluded_rows[row]),
         )
 
 

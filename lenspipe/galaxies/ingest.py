@@ -20,6 +20,7 @@ from lenspipe.artefact import KEY, provenance, written_whole
 from lenspipe.config import Galaxies, GalaxyInput, RealGalaxyCatalogInput, SurveyInput, expand_path
 from lenspipe.errors import InputError
 from lenspipe.galaxies.catalogue import GalaxyStamp, read_real_galaxy_catalog, read_stamp_archive
+from lenspipe.galaxies.exclusion import excluded_rows
 from lenspipe.galaxies.selection import Tally
 from lenspipe.galaxies.stamps import downscale, feather, noise_factor, normalised, square_stamp
 from lenspipe.survey import CATALOGUE
@@ -121,7 +122,10 @@ def read_input(source: GalaxyInput, path: Path) -> Iterator[GalaxyStamp]:
     if isinstance(source, SurveyInput):
         return read_real_galaxy_catalog(path)
     if isinstance(source, RealGalaxyCatalogInput):
-        return read_real_galaxy_catalog(path, expand_path(source.fits) if source.fits else None)
+        fits, selection = (expand_path(name) if name else None for name in (source.fits, source.selection))
+        return read_real_galaxy_catalog(
+            path, fits, excluded_rows(path, source.exclusion, source.sample, fits, selection)
+        )
     return read_stamp_archive(path, source.key, source.pixel_scale, source.noise_sd, source.exclude)
 
 

@@ -24,6 +24,11 @@ def excluded_by_hand(stamp: GalaxyStamp, settings: Galaxies) -> bool:
     return stamp.excluded
 
 
+def exclusion_level(stamp: GalaxyStamp, settings: Galaxies) -> bool:
+    """GalSim's exclusion level of the input removes it."""
+    return stamp.below_level
+
+
 def sersic_fit_failed(stamp: GalaxyStamp, settings: Galaxies) -> bool:
     """The Sersic fit's status is not 1 to 4. Never, where the catalogue has no Sersic fits."""
     return stamp.sersic is not None and not 1 <= stamp.sersic.status <= 4
@@ -78,6 +83,7 @@ def signal_to_noise_high(stamp: GalaxyStamp, settings: Galaxies) -> bool:
 Cut = Callable[[GalaxyStamp, Galaxies], bool]
 CUTS: tuple[Cut, ...] = (
     excluded_by_hand,
+    exclusion_level,
     sersic_fit_failed,
     sersic_unphysical,
     stamp_too_small,

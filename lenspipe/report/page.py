@@ -45,6 +45,7 @@ STRIP = 16  # galaxies in a strip
 OPEN = 3  # lenses shown unfolded
 CUTS = {
     "excluded_by_hand": "by hand",
+    "exclusion_level": "GalSim's exclusion level",
     "sersic_fit_failed": "no Sérsic fit",
     "sersic_unphysical": "unphysical fit",
     "stamp_too_small": "too small",

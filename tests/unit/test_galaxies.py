@@ -20,6 +20,7 @@ from lenspipe.config import Galaxies, RealGalaxyCatalogInput, StampArchiveInput,
 from lenspipe.errors import InputError
 from lenspipe.galaxies import ingest as ingestion
 from lenspipe.galaxies.catalogue import GalaxyStamp, SersicFit, read_real_galaxy_catalog, read_stamp_archive
+from lenspipe.galaxies.exclusion import Level, Sample, excluded_rows
 from lenspipe.galaxies.ingest import ingest, learnable, random_split
 from lenspipe.galaxies.selection import CUTS, Tally, signal_to_noise
 from lenspipe.galaxies.stamps import downscale, feather, half_light_radius, light_centre, noise_factor, square_stamp
@@ -475,6 +476,48 @@ def test_empty_split_is_named(shared_survey: Path, tmp_path: Path, changes: dict
         ingest(settings, shared_survey, tmp_path / "galaxies.zarr", seed=1)
 
 
+# --- exclusion levels
+
+
+def exclusion_tables(folder: Path) -> Path:
+    """Six galaxies, the first good, each of the others bad in one way; the last has no row in the other tables."""
+    ident = np.arange(1, 7)
+    columns = {"IDENT": ident, "stamp_flux": np.array([1.0, 1, 1, 1, -1, 1])}
+    selection = {"IDENT": ident[4::-1], "dmag": np.zeros(5), "sn_ellip_gauss": np.array([50.0, 50, 50, 15, 50])}
+    selection |= {"min_mask_dist_pixels": np.array([20.0, 20, 5, 20, 20])}
+    selection |= {"average_mask_adjacent_pixel_count": np.full(5, 0.5), "peak_image_pixel_count": np.full(5, 1.0)}
+    status = np.full((5, 5), 1)
+    status[0, 0] = 5
+    sersic = np.tile([1.0, 10, 2, 0.5, 0, 0, 0, 0], (5, 1))
+    fitted = {"IDENT": ident[:5], "fit_status": status, "sersicfit": sersic, "hlr": np.full((5, 3), 0.5)}
+    catalogue = folder / "catalogue.fits"
+    for path, table in (("", columns), ("_selection", selection), ("_fits", fitted)):
+        Table(table).write(folder / f"catalogue{path}.fits")
+    return catalogue
+
+
+@pytest.mark.parametrize(
+    ("level", "sample", "kept"),
+    [
+        ("none", "23.5", [1, 2, 3, 4, 5, 6]),
+        ("bad_fits", "23.5", [1, 2, 3, 4, 5]),  # one good fit of two is enough
+        ("bad_stamp", "23.5", [1, 4]),  # 2: signal-to-noise; 3: a mask close by; 5: flux
+        ("bad_stamp", "25.2", [1, 2, 3, 4]),
+        ("marginal", "25.2", [2, 3, 4]),
+    ],
+)
+def test_exclusion_levels(tmp_path: Path, level: Level, sample: Sample, kept: list[int]) -> None:
+    excluded = excluded_rows(exclusion_tables(tmp_path), level, sample, None, None)
+    assert (np.nonzero(~excluded)[0] + 1).tolist() == kept
+
+
+def test_level_whose_table_is_missing_says_so(tmp_path: Path) -> None:
+    catalogue = exclusion_tables(tmp_path)
+    catalogue.with_name("catalogue_selection.fits").unlink()
+    with pytest.raises(InputError, match=r"catalogue_selection.fits: no such table; exclusion level marginal of"):
+        excluded_rows(catalogue, "marginal", "23.5", None, None)
+
+
 # --- real galaxies, where LENSPIPE_DATA names a folder that holds them
 
 
@@ -503,6 +546,12 @@ def test_real_catalogues_are_read(real_galaxies: Path, catalogue: str, read: int
     assert tally.read == read
     assert all((stamp.sersic is not None) == sersic for stamp in stamps)
     assert all(stamp.noise_sd > 0 and stamp.pixel_scale == pytest.approx(0.03) for stamp in stamps)
+
+
+@pytest.mark.parametrize(("level", "kept"), [("none", 100), ("bad_fits", 100), ("bad_stamp", 97), ("marginal", 96)])
+def test_exclusion_levels_of_galsims_example(real_galaxies: Path, level: Level, kept: int) -> None:
+    catalogue = real_galaxies / "galsim_example_catalog/real_galaxy_catalog_23.5_example.fits"
+    assert (~excluded_rows(catalogue, level, "23.5", None, None)).sum() == kept
 
 
 def test_catalogue_whose_image_file_is_missing_says_so(real_galaxies: Path) -> None:
