@@ -103,7 +103,7 @@ class RealGalaxyCatalogInput(Section):
     fits: str | None = Field(None, description="path of the _fits table; none: <catalogue>_fits.fits where it exists")
     selection: str | None = Field(None, description="path of the _selection table; none: <catalogue>_selection.fits")
     exclusion: Literal["none", "bad_stamp", "bad_fits", "marginal"] = Field(
-        "none", description="GalSim's exclusion level, before the other cuts"
+        "none", description="GalSim's exclusion level, before the other cuts (which remove every failed Sersic fit)"
     )
     sample: Literal["23.5", "25.2"] = Field("23.5", description="COSMOS sample whose limits bad_stamp and marginal use")
     split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
@@ -251,6 +251,10 @@ class Lens(Section):
     def _in_order(self) -> Lens:
         placed = {name: c.redshift for name, c in self.components.items() if c.redshift is not None}
         if not placed:
+            if self.redshift is not None and self.source_redshift is not None and self.redshift >= self.source_redshift:
+                raise ValueError(
+                    f"redshift ({self.redshift:g}) is not below source_redshift ({self.source_redshift:g})"
+                )
             return self
         if self.redshift is None or self.source_redshift is None:
             raise ValueError(f"redshift and source_redshift are needed, since {', '.join(placed)} has a redshift")
@@ -497,12 +501,23 @@ class Config(Section):
                     f"priors.gamma ({self.priors.gamma}) reaches outside the deflection table "
                     f"[{table.gamma_min}, {table.gamma_max}]; truncate the prior or widen deflection_table"
                 )
+        for name, component in self.lens.components.items():
+            axis_ratio = self.priors.components.get(f"{name}_q")
+            if component.profile == "epl" and axis_ratio is not None and axis_ratio.support[0] < SERIES_Q_MIN:
+                found.append(
+                    f"priors.components.{name}_q ({axis_ratio}) reaches below {SERIES_Q_MIN}, the least axis ratio of "
+                    "the series that components are computed by; truncate it"
+                )
+        if unscaled := [lens.name for lens in self.catalogue.lenses if self.lens.light and lens.flux_unit is None]:
+            found.append(
+                f"catalogue.lenses: {', '.join(unscaled)}: give flux_unit, the brightness of the source at source_flux = 1"
+                "; with lens.light the brightest pixel of the image does not tell it"
+            )
         least = self.deflection_table.q_min if self.lens.deflection == "table" else SERIES_Q_MIN
         if self.priors.q is not None and self.priors.q.support[0] < least:
-            found.append(
-                f"priors.q ({self.priors.q}) reaches outside the deflection table [{least}, 1]; "
-                "truncate the prior or lower deflection_table.q_min"
-            )
+            remedy = " or lower deflection_table.q_min" if self.lens.deflection == "table" else ""
+            reach = f"the deflection {self.lens.deflection} [{least}, 1]"
+            found.append(f"priors.q ({self.priors.q}) reaches outside {reach}; truncate the prior{remedy}")
         if self.priors.e1 is not None and self.priors.e2 is not None:
             corner = math.hypot(*(max(map(abs, prior.support)) for prior in (self.priors.e1, self.priors.e2)))
             if not corner <= (1 - least) / (1 + least):

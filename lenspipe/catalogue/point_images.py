@@ -19,12 +19,15 @@ def point_images(
     The fit is linear least squares in a window of the PSF's core, at the best of sub-pixel shifts.
     """
     reach = max(2, round(1.25 * full_width(psf)))
-    signal = np.where(usable, image / noise, 0.0)
+    signal = np.divide(image, noise, out=np.zeros_like(image), where=usable)
     peaks = (signal == maximum_filter(signal, 2 * reach - 1)) & (signal > BRIGHT)
     y, x = np.nonzero(peaks)
-    order = np.argsort(-image[y, x])[:PEAKS]
-    cores = shifted_cores(psf, reach)
-    return [(int(x[i]), int(y[i])) for i in order if _is_point(image, usable, cores, int(y[i]), int(x[i]))]
+    cores, found = shifted_cores(psf, reach), list[tuple[int, int]]()
+    for row, column in sorted(zip(y.tolist(), x.tolist(), strict=True), key=lambda at: -image[at])[:PEAKS]:
+        apart = all(max(abs(column - u), abs(row - v)) > reach for u, v in found)  # two pixels of a peak may be equal
+        if apart and _is_point(image, usable, cores, row, column):
+            found.append((column, row))
+    return found
 
 
 def full_width(psf: NDArray[np.float64]) -> float:

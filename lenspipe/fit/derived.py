@@ -14,7 +14,7 @@ from lenspipe.lens import derived
 from lenspipe.lens.profiles import Vector
 
 GRID = 100  # points a side at which critical curves and images are looked for; both are then brought to their place
-FAINTEST = 0.1  # magnification of the faintest image that counts: none of those at the lens's centre
+FAINTEST = 0.1  # magnification of the faintest image that counts: the central one of a shallow lens may be among them
 
 
 @torch.no_grad()

@@ -123,9 +123,10 @@ def read_input(source: GalaxyInput, path: Path) -> Iterator[GalaxyStamp]:
         return read_real_galaxy_catalog(path)
     if isinstance(source, RealGalaxyCatalogInput):
         fits, selection = (expand_path(name) if name else None for name in (source.fits, source.selection))
-        return read_real_galaxy_catalog(
-            path, fits, excluded_rows(path, source.exclusion, source.sample, fits, selection)
-        )
+        excluded = None
+        if source.exclusion != "none":
+            excluded = excluded_rows(path, source.exclusion, source.sample, fits, selection)
+        return read_real_galaxy_catalog(path, fits, excluded)
     return read_stamp_archive(path, source.key, source.pixel_scale, source.noise_sd, source.exclude)
 
 

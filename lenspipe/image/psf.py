@@ -51,9 +51,10 @@ class Convolution:
 
     def _directly(self, image: Tensor) -> Tensor:
         ky, kx = self.kernel.shape[-2:]
-        flipped = self.kernel.flip(-2, -1)[:, None]  # conv2d is a correlation
+        dtype = torch.result_type(image, self.kernel)
+        flipped = self.kernel.flip(-2, -1).expand(len(image), -1, -1)[:, None].to(dtype)  # conv2d is a correlation
         after, before = (ky // 2, kx // 2), (ky - 1 - ky // 2, kx - 1 - kx // 2)
-        channels = image.reshape(len(image), -1, *self.shape).transpose(0, 1)
+        channels = image.to(dtype).reshape(len(image), -1, *self.shape).transpose(0, 1)
         padded = functional.pad(channels, (before[1], after[1], before[0], after[0]))
         blurred = functional.conv2d(padded, flipped, groups=len(image))
         return blurred.transpose(0, 1).reshape(image.shape)

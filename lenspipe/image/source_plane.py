@@ -27,7 +27,7 @@ def sample(image: Tensor, x: Tensor, y: Tensor, interpolation: str = "bilinear")
     """
     grid = 2 * torch.stack([x, y], dim=-1)
     lenses, ny = x.shape[:2]
-    bands = torch.get_num_threads() // lenses
+    bands = torch.get_num_threads() // max(1, lenses)
     if bands > 1 and ny % bands == 0 and not image.is_cuda:  # grid_sample gives a thread whole images: bands of rows
         wide = image[:, None].expand(-1, bands, -1, -1, -1).flatten(0, 1)
         rays = _sample(wide, grid.unflatten(1, (bands, -1)).flatten(0, 1), interpolation)

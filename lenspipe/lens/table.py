@@ -167,7 +167,7 @@ def _chunked(
     """`work` on a few lenses at a time, so that its many steps stay in the processor's cache."""
     tensors = list(tensors)
     lenses, rays = tensors[0].shape
-    size = max(1, CHUNK_RAYS // rays)
+    size = max(1, CHUNK_RAYS // max(1, rays))
     if lenses <= size or tensors[0].is_cuda:
         return work(*tensors, table)
     parts = [work(*chunk, table) for chunk in zip(*(t.split(size) for t in tensors), strict=True)]
@@ -255,8 +255,10 @@ class _Place:
         self.t = eta - self.cell
         self.radius2 = torch.addcmul(torch.addcmul(self.v.new_tensor(tiny), self.u, self.u), self.v, self.v)
         self.log_radius = torch.log(self.radius2) / 2
-        self.power = self.theta_E * torch.exp((2 - self.gamma) * self.log_radius)
-        self.sign_u, self.sign_v = self.u.sign(), self.v.sign()
+        power = self.theta_E * torch.exp((2 - self.gamma) * self.log_radius)
+        self.power = torch.where(self.radius2 > 2 * tiny, power, 0.0)  # no deflection at the centre
+        one = self.u.new_ones(())  # on an axis either sign serves: M or N is zero there, its slope is not
+        self.sign_u, self.sign_v = torch.where(self.u < 0, -one, one), torch.where(self.v < 0, -one, one)
 
     def components(self, pieces: Tensor) -> tuple[Tensor, Tensor]:
         """A and B."""
@@ -272,7 +274,7 @@ class _Place:
 
     def _gather(self, pieces: Tensor, first: int) -> list[Tensor]:
         lenses, rays = self.cell.shape
-        bands = max(1, torch.get_num_threads() // lenses)  # gather gives a thread whole rows
+        bands = max(1, torch.get_num_threads() // max(1, lenses))  # gather gives a thread whole rows
         if bands == 1 or rays % bands or pieces.is_cuda:
             return [pieces[:, first + k].gather(1, self.cell) for k in range(4)]
         cell, wide = self.cell.reshape(lenses * bands, -1), pieces.repeat_interleave(bands, 0)

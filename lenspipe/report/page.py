@@ -211,7 +211,8 @@ def deflection_section(table: Path) -> Table | None:
     ]
     rows.append(["nodes in η, q, γ", " × ".join(str(settings[f"{name}_nodes"]) for name in ("eta", "q", "gamma"))])
     errors = facts["errors"]
-    rows.append(["greatest error of the deflection [θ_E]", f"{errors['max_error']:.2g}"])
+    rows.append(["greatest error of the deflection on the unit circle [θ_E]", f"{errors['max_error']:.2g}"])
+    rows.append(["the same at radii from 0.001 to 10 θ_E", f"{errors['max_error_any_radius']:.2g}"])
     rows.append(["greatest error of its derivatives in x, y, q and γ, relative", f"{errors['max_gradient_error']:.2g}"])
     return Table(["", "value"], rows)
 

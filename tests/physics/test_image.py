@@ -8,6 +8,7 @@ import caustics
 import numpy as np
 import pytest
 import torch
+from astropy.cosmology import Planck15
 from lenstronomy.Data.pixel_grid import PixelGrid
 from lenstronomy.Data.psf import PSF
 from lenstronomy.ImSim.image_model import ImageModel
@@ -37,6 +38,17 @@ def test_convolution_equals_the_direct_one(shape: tuple[int, int]) -> None:
     for lens in range(2):
         expected = fftconvolve(image[lens, 1].numpy(), kernel[lens].numpy())[y : y + 20, x : x + 24]
         np.testing.assert_allclose(blurred[lens, 1].numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", [5, 11])
+def test_one_kernel_for_all_images_in_the_wider_precision(side: int) -> None:
+    """Small kernels, applied directly, and large ones, by FFT, take the same input."""
+    kernel = torch.from_numpy(gaussian_kernel(1.0, side // 2))[None]
+    image = torch.rand(3, 12, 14, generator=torch.Generator().manual_seed(0))
+    blurred = Convolution(kernel, (12, 14))(image)
+    assert blurred.dtype == torch.float64
+    each = Convolution(kernel.expand(3, -1, -1), (12, 14))(image.double())
+    torch.testing.assert_close(blurred, each, rtol=0, atol=1e-6)
 
 
 def test_psf_conserves_flux_and_commutes_with_shifts() -> None:
@@ -183,6 +195,44 @@ def test_noise_of_background_and_photons() -> None:
     image = np.array([[0.0, 4.0, -1.0]])
     np.testing.assert_allclose(noise_map(image, 0.3, None), 0.3)
     np.testing.assert_allclose(noise_map(image, 0.3, 100), [[0.3, np.sqrt(0.09 + 0.04), 0.3]])
+
+
+@pytest.mark.filterwarnings("ignore:Cosmology is provided")
+def test_a_plane_in_front_of_the_lens_and_one_behind() -> None:
+    """As lenstronomy traces them, in the cosmology of the settings."""
+    lens = Lens(
+        components={"near": {"profile": "sis", "redshift": 0.2}, "far": {"profile": "sis", "redshift": 0.9}},
+        redshift=0.5,
+        source_redshift=2.0,
+        cosmology="Planck15",
+    )
+    sight = line_of_sight(lens)
+    assert sight.main == 1
+    spheres = {
+        "near": dict(theta_E=0.1, center_x=0.5, center_y=-0.6),
+        "far": dict(theta_E=0.2, center_x=-0.4, center_y=0.7),
+    }
+    p = real(MASS | dict(gamma1=0.04, gamma2=-0.02))
+    p |= {key: value for name, sphere in spheres.items() for key, value in real(sphere, f"{name}_").items()}
+    none, scale = torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([SCALE], dtype=torch.float64)
+    simulator = Simulator(Optics(line_of_sight=sight), none, scale, (PIXELS, PIXELS))
+    q, phi = MASS["q"], MASS["phi"]
+    e = (1 - q) / (1 + q)
+    epl = {name: value for name, value in MASS.items() if name not in ("q", "phi")}
+    epl |= {"e1": e * np.cos(2 * phi), "e2": e * np.sin(2 * phi)}
+    theirs = LensModel(
+        ["SIS", "EPL", "SHEAR", "SIS"],
+        multi_plane=True,
+        z_source=2.0,
+        lens_redshift_list=[0.2, 0.5, 0.5, 0.9],
+        cosmo=Planck15,
+    ).alpha(
+        simulator.x[0].numpy().ravel(),
+        simulator.y[0].numpy().ravel(),
+        [spheres["near"], epl, dict(gamma1=0.04, gamma2=-0.02), spheres["far"]],
+    )
+    for ours, reference in zip(simulator.deflection(p), theirs, strict=True):
+        np.testing.assert_allclose(ours.numpy().ravel(), reference, atol=1e-9)
 
 
 def test_planes_of_one_redshift_are_one_plane() -> None:

@@ -89,6 +89,7 @@ def test_table_equals_series_between_the_nodes(table: DeflectionTable) -> None:
     """At the shipped settings, over the whole domain."""
     error = measure_error(table)
     assert error["max_error"] < 1e-6
+    assert error["max_error_any_radius"] < 1e-5
     assert error["max_gradient_error"] < 1e-4
 
 
@@ -120,6 +121,24 @@ def test_derivatives_of_the_table_are_those_of_the_interpolant(table: Deflection
     assert torch.autograd.gradcheck(
         of, values[name].clone().requires_grad_(), rtol=1e-4, atol=1e-5, check_forward_ad=True
     )
+
+
+def test_derivatives_on_the_axes_and_next_to_them(table: DeflectionTable) -> None:
+    """Where a component changes its sign its slope does not: as the series has it."""
+    x = torch.tensor([[0.0, 1e-9, 1.0, 0.7, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[1.0, 1.0, 0.0, 1e-9, 0.0, -0.6]], dtype=torch.float64, requires_grad=True)
+    for axis in (0, 1):
+        ours = torch.autograd.grad(tabulated(table, x, y, 0.5, 2.1)[axis].sum(), (x, y))
+        theirs = torch.autograd.grad(deflection(x, y, 0.5, 2.1)[axis].sum(), (x, y))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        along_x = torch.func.jvp(
+            lambda x, a=axis: tabulated(table, x, y.detach(), 0.5, 2.1)[a], (x.detach(),), (torch.ones_like(x),)
+        )[1]
+        torch.testing.assert_close(along_x, theirs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_points_at_all(table: DeflectionTable) -> None:
+    assert tabulated(table, torch.zeros(1, 0), torch.zeros(1, 0), 0.5, 2.1)[0].shape == (1, 0)
 
 
 def test_table_in_all_quadrants_and_radii(table: DeflectionTable, points: tuple[Tensor, Tensor]) -> None:

@@ -153,11 +153,22 @@ def test_a_lensed_quasar_is_refused_and_galaxies_are_not(folder: Path) -> None:
     assert "(15, 20)" in table.loc["quasar", "reason"]
 
 
+def test_a_star_between_four_pixels_is_one_point() -> None:
+    """Without noise its four pixels are equally bright; a masked pixel may have no noise at all."""
+    y, x = np.mgrid[:41, :41]
+    star = 100 * np.exp(-((x - 20.5) ** 2 + (y - 20.5) ** 2) / (2 * 1.5**2))
+    noise, usable = np.ones_like(star), np.ones(star.shape, dtype=bool)
+    noise[3, 3], usable[3, 3] = 0.0, False
+    assert len(point_images(star, noise, usable, gaussian_kernel(1.5))) == 1
+
+
 @pytest.mark.skipif("LENSPIPE_DATA" not in os.environ, reason="needs real lenses: set LENSPIPE_DATA")
 def test_point_images_of_others_mocks_and_of_real_lenses() -> None:
     """Both lensed quasars of the time-delay challenge are refused; none of the observed galaxy lenses is."""
     data = Path(os.environ["LENSPIPE_DATA"])
-    for place in sorted((data / "mocks/tdlmc_quasars").glob("*/*/drizzled_image")):
+    places = sorted((data / "mocks/tdlmc_quasars").glob("*/*/drizzled_image"))
+    assert len(places) == 2
+    for place in places:
         with pytest.raises(InputError, match="point images at pixels"):
             read_lens(place / "lens-image.fits", place / "noise_map.fits", place / "psf.fits", None, None)
     table = pd.read_csv(data / "lenses/lenses.csv")

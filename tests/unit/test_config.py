@@ -121,6 +121,24 @@ def test_settings_survive_json() -> None:
             {"priors": {"light": {"bulge_n_sersic": "Uniform(0.2, 8)"}}},
             r"bulge_n_sersic = Uniform\(0.2, 8\) reaches outside \[0.36, inf\]",
         ),
+        (
+            {"lens": {"deflection": "series"}, "priors": {"q": "Uniform(0, 1)", "phi": 0}},
+            r"priors.q .* reaches outside the deflection series \[0.01, 1\]; truncate the prior$",
+        ),
+        (
+            {
+                "lens": {"components": {"far": "epl"}},
+                "priors": {
+                    "components": {
+                        **{f"far_{name}": 0.5 for name in ("theta_E", "phi", "center_x", "center_y")},
+                        "far_q": "Uniform(0, 1)",
+                        "far_gamma": 2,
+                    }
+                },
+            },
+            r"far_q \(Uniform\(0, 1\)\) reaches below 0.01",
+        ),
+        ({"lens": {"redshift": 0.5, "source_redshift": 0.3}}, r"redshift \(0.5\) is not below source_redshift \(0.3\)"),
         ({"lens": {"light": {"bulge": "sersik"}}}, r"lens.light.bulge: Input should be 'sersic' or 'gaussian'"),
         ({"lens": {"light": {"bulge": "gaussian"}}}, "no prior of bulge_amplitude, .* which lens.light needs"),
         (
