@@ -510,8 +510,8 @@ class Config(Section):
                 )
         if unscaled := [lens.name for lens in self.catalogue.lenses if self.lens.light and lens.flux_unit is None]:
             found.append(
-                f"catalogue.lenses: {', '.join(unscaled)}: give flux_unit, the brightness of the source at source_flux = 1"
-                "; with lens.light the brightest pixel of the image does not tell it"
+                f"catalogue.lenses: {', '.join(unscaled)}: give flux_unit, the brightness of the source at "
+                "source_flux = 1; with lens.light the brightest pixel of the image does not tell it"
             )
         least = self.deflection_table.q_min if self.lens.deflection == "table" else SERIES_Q_MIN
         if self.priors.q is not None and self.priors.q.support[0] < least:
