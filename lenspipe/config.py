@@ -195,7 +195,7 @@ class Source(Section):
 class DeflectionTable(Section):
     """The table of SPLE deflections on the unit circle (stage `deflection_table`); paper, appendix A."""
 
-    eta_nodes: int = Field(193, ge=17, le=4097, description="nodes of the angle eta in [0, pi/2]")
+    eta_nodes: int = Field(257, ge=17, le=4097, description="nodes of the angle eta in [0, pi/2]")
     q_nodes: int = Field(32, ge=4, le=256, description="Chebyshev nodes of the axis ratio")
     gamma_nodes: int = Field(16, ge=4, le=256, description="Chebyshev nodes of the slope")
     q_min: float = Field(0.1, ge=0.05, lt=1, description="least axis ratio; the greatest is 1")
