@@ -4,7 +4,7 @@ Radius and Einstein radius scale out (eqs. A6-A7), the four quadrants are mirror
 and gamma make the interpolation there polynomial; cubic Hermite pieces in eta, with spectral derivatives at the nodes,
 make it continuous with its first derivative. q and gamma are scalars of a lens, so the table is first contracted over
 them to one periodic function of eta per lens: the cost per pixel does not depend on the size of the table. Derivatives
-are those of the interpolant, written out: a gradient costs twice the value, and keeps none of its steps in memory.
+are those of the interpolant, written out: a gradient keeps none of its steps in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from lenspipe.lens.coordinates import rotate
 from lenspipe.lens.epl import quadrature_deflection
 
-CHUNK_RAYS = 524288  # rays of a chunk: its temporaries fit the cache of a core
+CHUNK_RAYS = 524288  # rays of a chunk: bounds the memory of its temporaries
 ON_EDGE = 1e-6  # [rad] from the ends of the Chebyshev interval, within which a slope is that at this angle
 
 
@@ -164,7 +164,7 @@ class _Deflection(torch.autograd.Function):
 def _chunked(
     work: Callable[..., tuple[Tensor, ...]], tensors: Iterable[Tensor], table: DeflectionTable
 ) -> tuple[Tensor, ...]:
-    """`work` on a few lenses at a time, so that its many steps stay in the processor's cache."""
+    """`work` on a few lenses at a time: its many temporaries take no more memory for a larger batch."""
     tensors = list(tensors)
     lenses, rays = tensors[0].shape
     size = max(1, CHUNK_RAYS // max(1, rays))
