@@ -12,10 +12,10 @@ from lenspipe.lens.coordinates import rotate
 from lenspipe.lens.parameters import LIGHT_PROFILES, component_parameters, qualified
 
 
-def elliptical_radius(x: Tensor, y: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor) -> Tensor:
-    """sqrt(q x'^2 + y'^2 / q) ["]: the radius on the intermediate axis; never zero, so that its gradient is finite."""
+def elliptical_radius2(x: Tensor, y: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor) -> Tensor:
+    """q x'^2 + y'^2 / q ["^2]: the square of the radius on the intermediate axis; never zero, for its logarithm."""
     a, b = rotate(x - center_x, y - center_y, phi)
-    return torch.sqrt(q * a**2 + b**2 / q + torch.finfo(x.dtype).tiny ** 0.5)
+    return torch.addcmul(q * a.square() + torch.finfo(x.dtype).tiny ** 0.5, b.square(), 1 / q)
 
 
 def sersic(
@@ -30,8 +30,8 @@ def sersic(
     center_y: Tensor,
 ) -> Tensor:
     """Sersic profile: `amplitude` at the half-light radius `R_sersic` ["] on the intermediate axis."""
-    radius = elliptical_radius(x, y, q, phi, center_x, center_y)
-    return amplitude * torch.exp(-sersic_b(n_sersic) * ((radius / R_sersic) ** (1 / n_sersic) - 1))
+    logarithm = torch.log(elliptical_radius2(x, y, q, phi, center_x, center_y)) / 2 - torch.log(R_sersic)
+    return amplitude * torch.exp(-sersic_b(n_sersic) * (torch.exp(logarithm / n_sersic) - 1))
 
 
 def sersic_b(n: Tensor) -> Tensor:
@@ -47,8 +47,7 @@ def gaussian(
     A galaxy as a set of Gaussians (Cappellari 2002) is their sum, linear in the amplitudes; the flux of each is
     2 pi sd^2 amplitude.
     """
-    radius = elliptical_radius(x, y, q, phi, center_x, center_y)
-    return amplitude * torch.exp(-((radius / sd) ** 2) / 2)
+    return amplitude * torch.exp(-elliptical_radius2(x, y, q, phi, center_x, center_y) / (2 * sd**2))
 
 
 PROFILES: dict[str, Callable[..., Tensor]] = {"sersic": sersic, "gaussian": gaussian}

@@ -81,9 +81,10 @@ class DeflectionTable:
 
     def contract_with_slopes(self, q: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The pieces of `contract` and their derivatives with respect to q and to gamma."""
-        of_q, of_gamma = self._basis("q", q), self._basis("gamma", gamma)
-        pairs = ((of_q[0], of_gamma[0]), (of_q[1], of_gamma[0]), (of_q[0], of_gamma[1]))
-        return self._pieces(*pairs[0]), self._pieces(*pairs[1]), self._pieces(*pairs[2])
+        (of_q, slope_q), (of_gamma, slope_gamma) = self._basis("q", q), self._basis("gamma", gamma)
+        pieces = self._pieces(torch.cat([of_q, slope_q, of_q]), torch.cat([of_gamma, of_gamma, slope_gamma]))
+        value, by_q, by_gamma = pieces.chunk(3)
+        return value, by_q, by_gamma
 
     @cached_property
     def _coefficients(self) -> Tensor:
@@ -253,12 +254,13 @@ class _Place:
         eta = torch.atan2(self.v.abs(), self.u.abs() + tiny) * (n / (torch.pi / 2))
         self.cell = eta.detach().long().clamp(0, n - 1)
         self.t = eta - self.cell
-        self.radius2 = torch.addcmul(torch.addcmul(self.v.new_tensor(tiny), self.u, self.u), self.v, self.v)
+        radius2 = torch.addcmul(self.u * self.u, self.v, self.v)
+        self.radius2 = radius2 + tiny
         self.log_radius = torch.log(self.radius2) / 2
         power = self.theta_E * torch.exp((2 - self.gamma) * self.log_radius)
-        self.power = torch.where(self.radius2 > 2 * tiny, power, 0.0)  # no deflection at the centre
+        self.power = power * (radius2 / self.radius2)  # no deflection at the centre itself
         one = self.u.new_ones(())  # on an axis either sign serves: M or N is zero there, its slope is not
-        self.sign_u, self.sign_v = torch.where(self.u < 0, -one, one), torch.where(self.v < 0, -one, one)
+        self.sign_u, self.sign_v = torch.copysign(one, self.u), torch.copysign(one, self.v)
 
     def components(self, pieces: Tensor) -> tuple[Tensor, Tensor]:
         """A and B."""
