@@ -37,11 +37,12 @@ def geometry(model: LensModel, w: Tensor) -> dict[str, np.ndarray]:
     source's light, with a magnification of 0.1 or more. NaN and 0 where a lens is too odd for them to be found.
     """
     optics = replace(model.optics, deflection=None)
+    parameters = model.parameters(w)
     radii, counts = [], []
     for lens in range(len(model.batch)):
         row = torch.tensor([lens])
         batch = model.batch.take(row).to(torch.float64)
-        p = {name: value.double() for name, value in model.take(row).parameters(w[row]).items()}
+        p = {name: value[row].double() for name, value in parameters.items()}
         simulator = Simulator(optics, batch.psf, batch.pixel_scale, model.simulator.shape)
         half_width = max(model.simulator.shape) * float(batch.pixel_scale) / 2
         try:

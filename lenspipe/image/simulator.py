@@ -117,12 +117,9 @@ class Simulator:
         """
         beta_x, beta_y = self.source_positions(p)
         scale = 1 / p["source_size"][:, None, None]
-        shift_u, shift_v = (c - p[n] / p["source_size"] for c, n in zip(centre, ("source_x", "source_y"), strict=True))
-        u, v = (
-            torch.addcmul(shift_u[:, None, None], beta_x, scale),
-            torch.addcmul(shift_v[:, None, None], beta_y, scale),
-        )
-        return u, v
+        shift_u = (centre[0] - p["source_x"] / p["source_size"])[:, None, None]
+        shift_v = (centre[1] - p["source_y"] / p["source_size"])[:, None, None]
+        return torch.addcmul(shift_u, beta_x, scale), torch.addcmul(shift_v, beta_y, scale)
 
     def observe(self, rays: Tensor) -> Tensor:
         """Rays [lens, channel, ny s, nx s] gathered into pixels and blurred by the PSF: [lens, channel, ny, nx]."""

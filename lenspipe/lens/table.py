@@ -144,14 +144,13 @@ class _Deflection(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        x, y, theta_E, gamma, q, phi, center_x, center_y = ctx.saved_tensors
-        place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, ctx.table)
-        (m, n), (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = place.angular_derivatives(q, gamma)
-        zero = torch.zeros_like(theta_E)
-        dx, dy = (torch.zeros_like(x) if t is None else t for t in tangents[:2])
-        d_theta, d_gamma, d_q, d_phi, d_cx, d_cy = ((zero if t is None else t)[:, None] for t in tangents[2:8])
-        du, dv = rotate((dx - d_cx) / theta_E[:, None], (dy - d_cy) / theta_E[:, None], phi[:, None])
-        growth = d_theta / theta_E[:, None]
+        place = _Place(ctx.table, *ctx.saved_tensors)
+        (m, n), (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = place.angular_derivatives()
+        moved = [torch.zeros_like(v) if t is None else t for v, t in zip(ctx.saved_tensors, tangents[:8], strict=True)]
+        dx, dy = moved[:2]
+        d_theta, d_gamma, d_q, d_phi, d_cx, d_cy = (t[:, None] for t in moved[2:])
+        du, dv = rotate((dx - d_cx) / place.theta_E, (dy - d_cy) / place.theta_E, place.phi)
+        growth = d_theta / place.theta_E
         # moving the point: d ln r and d eta; a larger theta_E brings it nearer, a larger phi turns it back
         stretch = (place.u * du + place.v * dv) / place.radius2 - growth
         turn = place.sign_u * place.sign_v * ((place.u * dv - place.v * du) / place.radius2 - d_phi)
@@ -159,7 +158,7 @@ class _Deflection(torch.autograd.Function):
         da = place.power * place.sign_u * (m * gain + m_eta * turn + m_q * d_q + m_gamma * d_gamma)
         db = place.power * place.sign_v * (n * gain + n_eta * turn + n_q * d_q + n_gamma * d_gamma)
         a, b = place.power * place.sign_u * m, place.power * place.sign_v * n
-        return rotate(da - b * d_phi, db + a * d_phi, -phi[:, None])
+        return rotate(da - b * d_phi, db + a * d_phi, -place.phi)
 
 
 def _chunked(
@@ -175,37 +174,18 @@ def _chunked(
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def _forward(
-    x: Tensor,
-    y: Tensor,
-    theta_E: Tensor,
-    gamma: Tensor,
-    q: Tensor,
-    phi: Tensor,
-    center_x: Tensor,
-    center_y: Tensor,
-    table: DeflectionTable,
-) -> tuple[Tensor, Tensor]:
-    place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, table)
-    return rotate(*place.components(table.contract(q, gamma)), -phi[:, None])
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *lens, table = inputs
+    place = _Place(table, *lens)
+    return rotate(*place.components(), -place.phi)
 
 
-def _backward(
-    x: Tensor,
-    y: Tensor,
-    theta_E: Tensor,
-    gamma: Tensor,
-    q: Tensor,
-    phi: Tensor,
-    center_x: Tensor,
-    center_y: Tensor,
-    gradient_x: Tensor,
-    gradient_y: Tensor,
-    table: DeflectionTable,
-) -> tuple[Tensor, ...]:
-    place = _Place(x, y, theta_E, gamma, phi, center_x, center_y, table)
-    (m, n), (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = place.angular_derivatives(q, gamma)
-    along, across = rotate(gradient_x, gradient_y, phi[:, None])
+def _backward(*inputs: Any) -> tuple[Tensor, ...]:
+    *lens, gradient_x, gradient_y, table = inputs
+    place = _Place(table, *lens)
+    theta_E, gamma = place.theta_E[:, 0], place.gamma[:, 0]
+    (m, n), (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = place.angular_derivatives()
+    along, across = rotate(gradient_x, gradient_y, place.phi)
     # the gradient times s theta_E and the signs of the quadrant, and its products with M, N and their derivatives
     left, right = along * place.power * place.sign_u, across * place.power * place.sign_v
     of_power = torch.addcmul(left * m, right, n)
@@ -217,7 +197,7 @@ def _backward(
     of_u = torch.addcmul(radial * place.u, -place.v, of_turn) / place.radius2
     of_v = torch.addcmul(radial * place.v, place.u, of_turn) / place.radius2
     turning = torch.addcmul(across * place.sign_u * m, along * place.sign_v, -n) * place.power - of_turn
-    of_x, of_y = (part / theta_E[:, None] for part in rotate(of_u, of_v, -phi[:, None]))
+    of_x, of_y = (part / place.theta_E for part in rotate(of_u, of_v, -place.phi))
     return (
         of_x,
         of_y,
@@ -235,18 +215,20 @@ class _Place:
 
     def __init__(
         self,
+        table: DeflectionTable,
         x: Tensor,
         y: Tensor,
         theta_E: Tensor,
         gamma: Tensor,
+        q: Tensor,
         phi: Tensor,
         center_x: Tensor,
         center_y: Tensor,
-        table: DeflectionTable,
     ):
-        self.theta_E, self.gamma, self.table = theta_E[:, None], gamma[:, None], table
+        self.table, self.q = table, q
+        self.theta_E, self.gamma, self.phi = theta_E[:, None], gamma[:, None], phi[:, None]
         scale = 1 / self.theta_E
-        c, s = torch.cos(phi)[:, None] * scale, torch.sin(phi)[:, None] * scale
+        c, s = torch.cos(self.phi) * scale, torch.sin(self.phi) * scale
         dx, dy = x - center_x[:, None], y - center_y[:, None]
         self.u, self.v = torch.addcmul(c * dx, s, dy), torch.addcmul(c * dy, -s, dx)
         tiny = torch.finfo(x.dtype).tiny ** 0.5
@@ -262,14 +244,15 @@ class _Place:
         one = self.u.new_ones(())  # on an axis either sign serves: M or N is zero there, its slope is not
         self.sign_u, self.sign_v = torch.copysign(one, self.u), torch.copysign(one, self.v)
 
-    def components(self, pieces: Tensor) -> tuple[Tensor, Tensor]:
+    def components(self) -> tuple[Tensor, Tensor]:
         """A and B."""
+        pieces = self.table.contract(self.q, self.gamma[:, 0])
         m, n = (self._cubic(pieces, k) for k in (0, 4))
         return self.power * self.sign_u * m, self.power * self.sign_v * n
 
-    def angular_derivatives(self, q: Tensor, gamma: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    def angular_derivatives(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """M and N, and their derivatives with respect to eta, q and gamma: those of the interpolant."""
-        pieces, of_q, of_gamma = self.table.contract_with_slopes(q, gamma)
+        pieces, of_q, of_gamma = self.table.contract_with_slopes(self.q, self.gamma[:, 0])
         (m, m_eta), (n, n_eta) = (self._cubic_and_slope(pieces, k) for k in (0, 4))
         by_q, by_gamma = ((self._cubic(p, 0), self._cubic(p, 4)) for p in (of_q, of_gamma))
         return (m, n), (m_eta, n_eta), by_q, by_gamma

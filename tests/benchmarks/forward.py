@@ -36,6 +36,7 @@ MASS = {"theta_E": 1.2, "gamma": 2.1, "e1": 0.1, "e2": 0.05, "center_x": 0.01, "
 SHEAR = {"gamma1": 0.03, "gamma2": -0.02}
 PLACE = {"source_x": 0.1, "source_y": 0.05, "source_size": 2.0, "source_flux": 1.0}
 SERSIC = {"amplitude": 1.0, "R_sersic": 0.3, "n_sersic": 1.5, "q": 0.7, "phi": 0.4, "center_x": 0.1, "center_y": 0.05}
+GALAXY = {"amp": 1.0, "R_sersic": 0.3, "n_sersic": 1.5, "e1": 0.12, "e2": 0.12, "center_x": 0.1, "center_y": 0.05}
 Work = tuple[str, str, Callable[[], object]]
 
 
@@ -166,12 +167,9 @@ def herculens_work(batch: int) -> Iterator[Work]:
     corner = -(PIXELS - 1) / 2 * SCALE
     grid = PixelGrid(PIXELS, PIXELS, np.diag([SCALE, SCALE]), corner, corner)
     psf = PSF(psf_type="PIXEL", kernel_point_source=KERNEL)
-    e = (1 - SERSIC["q"]) / (1 + SERSIC["q"])
-    sersic = {"amp": 1.0, "R_sersic": 0.3, "n_sersic": 1.5, "e1": e * 0.7, "e2": e * 0.7, "center_x": 0.1}
-    sersic |= {"center_y": 0.05}
     for kind in ("sersic", "pixels"):
         if kind == "sersic":
-            source, galaxy = LightModel(["SERSIC_ELLIPSE"]), sersic
+            source, galaxy = LightModel(["SERSIC_ELLIPSE"]), dict(GALAXY)
         else:
             stamp = Pixelated(interpolation_type="bilinear")
             source = LightModel([stamp], kwargs_pixelated={"num_pixels": 64, "grid_shape": (2.0, 2.0)})
@@ -181,21 +179,25 @@ def herculens_work(batch: int) -> Iterator[Work]:
         yield from jax_work(kind, kwargs, lambda lens, light, m=model: m.model(lens, light), batch, jax, jnp)
 
 
+def lenstronomys_data() -> tuple[object, object]:
+    """Its grid and PSF; JAXtronomy uses them too."""
+    from lenstronomy.Data.pixel_grid import PixelGrid
+    from lenstronomy.Data.psf import PSF
+
+    corner = -(PIXELS - 1) / 2 * SCALE
+    grid = PixelGrid(PIXELS, PIXELS, np.diag([SCALE, SCALE]), corner, corner)
+    return grid, PSF("PIXEL", kernel_point_source=KERNEL)
+
+
 def jaxtronomy_work(batch: int) -> Iterator[Work]:
     import jax
     import jax.numpy as jnp
     from jaxtronomy.ImSim.image_model import ImageModel
     from jaxtronomy.LensModel.lens_model import LensModel
     from jaxtronomy.LightModel.light_model import LightModel
-    from lenstronomy.Data.pixel_grid import PixelGrid
-    from lenstronomy.Data.psf import PSF
 
-    corner = -(PIXELS - 1) / 2 * SCALE
-    grid = PixelGrid(PIXELS, PIXELS, np.diag([SCALE, SCALE]), corner, corner)
-    psf = PSF("PIXEL", kernel_point_source=KERNEL)
-    model = ImageModel(grid, psf, LensModel(["EPL", "SHEAR"]), LightModel(["SERSIC_ELLIPSE"]))
-    galaxy = {"amp": 1.0, "R_sersic": 0.3, "n_sersic": 1.5, "e1": 0.12, "e2": 0.12, "center_x": 0.1, "center_y": 0.05}
-    kwargs = [dict(MASS), dict(SHEAR) | {"ra_0": 0.0, "dec_0": 0.0}], [galaxy]
+    model = ImageModel(*lenstronomys_data(), LensModel(["EPL", "SHEAR"]), LightModel(["SERSIC_ELLIPSE"]))
+    kwargs = [dict(MASS), dict(SHEAR) | {"ra_0": 0.0, "dec_0": 0.0}], [dict(GALAXY)]
     yield from jax_work("sersic", kwargs, lambda lens, light: model.image(lens, light), batch, jax, jnp)
 
 
@@ -218,18 +220,12 @@ def jax_work(kind: str, kwargs: object, image: Callable, batch: int, jax: object
 
 
 def lenstronomy_work(batch: int) -> Iterator[Work]:
-    from lenstronomy.Data.pixel_grid import PixelGrid
-    from lenstronomy.Data.psf import PSF
     from lenstronomy.ImSim.image_model import ImageModel
     from lenstronomy.LensModel.lens_model import LensModel
     from lenstronomy.LightModel.light_model import LightModel
 
-    corner = -(PIXELS - 1) / 2 * SCALE
-    grid = PixelGrid(PIXELS, PIXELS, np.diag([SCALE, SCALE]), corner, corner)
-    psf = PSF("PIXEL", kernel_point_source=KERNEL)
-    model = ImageModel(grid, psf, LensModel(["EPL", "SHEAR"]), LightModel(["SERSIC_ELLIPSE"]))
-    galaxy = {"amp": 1.0, "R_sersic": 0.3, "n_sersic": 1.5, "e1": 0.12, "e2": 0.12, "center_x": 0.1, "center_y": 0.05}
-    yield "sersic", "image", lambda: [model.image([MASS, SHEAR], [galaxy]) for _ in range(batch)]
+    model = ImageModel(*lenstronomys_data(), LensModel(["EPL", "SHEAR"]), LightModel(["SERSIC_ELLIPSE"]))
+    yield "sersic", "image", lambda: [model.image([MASS, SHEAR], [GALAXY]) for _ in range(batch)]
 
 
 PEERS: dict[str, Callable[[int], Iterator[Work]]] = {

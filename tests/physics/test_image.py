@@ -14,6 +14,7 @@ from lenstronomy.Data.psf import PSF
 from lenstronomy.ImSim.image_model import ImageModel
 from lenstronomy.LensModel.lens_model import LensModel
 from lenstronomy.LightModel.light_model import LightModel
+from references import lenstronomys
 from scipy.ndimage import map_coordinates
 from scipy.signal import fftconvolve
 
@@ -75,8 +76,7 @@ def test_whole_image_against_lenstronomy_rays() -> None:
     ours = simulator.image(parameters, torch.from_numpy(source)[None])[0].numpy()
 
     y, x = (np.mgrid[:n, :n] - (n - 1) / 2) * scale
-    e = (1 - q) / (1 + q)
-    epl = dict(theta_E=1.1, gamma=2.1, e1=e * np.cos(2 * phi), e2=e * np.sin(2 * phi), center_x=0.03, center_y=-0.04)
+    epl = lenstronomys(dict(theta_E=1.1, gamma=2.1, q=q, phi=phi, center_x=0.03, center_y=-0.04))
     beta = LensModel(["EPL", "SHEAR"]).ray_shooting(x.ravel(), y.ravel(), [epl, dict(gamma1=0.04, gamma2=-0.02)])
     column, row = ((b - c) / 2.0 * 64 + 31.0 for b, c in zip(beta, (0.1, -0.05), strict=True))
     rays = map_coordinates(source, [row, column], order=1).reshape(n, n)
@@ -106,12 +106,12 @@ def whole_image(supersampling: int, kernel: np.ndarray, table: DeflectionTable |
 
 def with_lenstronomys_b(sersic: dict[str, float]) -> dict[str, float]:
     """The same profile with its b_n, 1.9992 n - 0.3271, and its names."""
-    values = dict(sersic)
-    n, q, phi = values["n_sersic"], values.pop("q"), values.pop("phi")
+    values = lenstronomys(sersic)
+    n = values["n_sersic"]
     b, rough = float(light.sersic_b(torch.tensor(n, dtype=torch.float64))), 1.9992 * n - 0.3271
     values["R_sersic"] *= (rough / b) ** n
     values["amp"] = values.pop("amplitude") * np.exp(b - rough)
-    return values | {"e1": (1 - q) / (1 + q) * np.cos(2 * phi), "e2": (1 - q) / (1 + q) * np.sin(2 * phi)}
+    return values
 
 
 @pytest.mark.filterwarnings("ignore:`axes` should not be")
@@ -121,10 +121,6 @@ def test_whole_image_against_lenstronomy(supersampling: int) -> None:
     kernel = gaussian_kernel(1.1, 5)
     start = -(PIXELS - 1) / 2 * SCALE
     grid = dict(ra_at_xy_0=start, dec_at_xy_0=start, transform_pix2angle=SCALE * np.eye(2))
-    q, phi = MASS["q"], MASS["phi"]
-    e = (1 - q) / (1 + q)
-    mass = {name: value for name, value in MASS.items() if name not in ("q", "phi")}
-    mass |= {"e1": e * np.cos(2 * phi), "e2": e * np.sin(2 * phi)}
     reference = ImageModel(
         PixelGrid(PIXELS, PIXELS, **grid),
         PSF("PIXEL", kernel_point_source=kernel),
@@ -133,7 +129,7 @@ def test_whole_image_against_lenstronomy(supersampling: int) -> None:
         LightModel(["SERSIC_ELLIPSE"]),
         kwargs_numerics=dict(supersampling_factor=supersampling, supersampling_convolution=False),
     ).image(
-        [mass, dict(gamma1=0.04, gamma2=-0.02)],
+        [lenstronomys(MASS), dict(gamma1=0.04, gamma2=-0.02)],
         [with_lenstronomys_b(GALAXY)],
         [with_lenstronomys_b(BULGE)],
     )
@@ -216,10 +212,6 @@ def test_a_plane_in_front_of_the_lens_and_one_behind() -> None:
     p |= {key: value for name, sphere in spheres.items() for key, value in real(sphere, f"{name}_").items()}
     none, scale = torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([SCALE], dtype=torch.float64)
     simulator = Simulator(Optics(line_of_sight=sight), none, scale, (PIXELS, PIXELS))
-    q, phi = MASS["q"], MASS["phi"]
-    e = (1 - q) / (1 + q)
-    epl = {name: value for name, value in MASS.items() if name not in ("q", "phi")}
-    epl |= {"e1": e * np.cos(2 * phi), "e2": e * np.sin(2 * phi)}
     theirs = LensModel(
         ["SIS", "EPL", "SHEAR", "SIS"],
         multi_plane=True,
@@ -229,7 +221,7 @@ def test_a_plane_in_front_of_the_lens_and_one_behind() -> None:
     ).alpha(
         simulator.x[0].numpy().ravel(),
         simulator.y[0].numpy().ravel(),
-        [spheres["near"], epl, dict(gamma1=0.04, gamma2=-0.02), spheres["far"]],
+        [spheres["near"], lenstronomys(MASS), dict(gamma1=0.04, gamma2=-0.02), spheres["far"]],
     )
     for ours, reference in zip(simulator.deflection(p), theirs, strict=True):
         np.testing.assert_allclose(ours.numpy().ravel(), reference, atol=1e-9)

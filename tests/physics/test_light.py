@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lenstronomy.LightModel.light_model import LightModel
+from references import lenstronomys
 from scipy.special import gamma as gamma_function
 from scipy.special import gammainc
 from torch import Tensor
@@ -33,21 +34,9 @@ def test_sersic_against_lenstronomy(n: float, points: tuple[Tensor, Tensor]) -> 
     """The same shape; lenstronomy's b_n is a rougher approximation, 1.9992 n - 0.3271."""
     q, phi = 0.6, 0.4
     ours = light.sersic(*points, *real(2.0, 0.8, n, q, phi, 0.1, -0.2))
-    e = (1 - q) / (1 + q)
-    theirs = LightModel(["SERSIC_ELLIPSE"]).surface_brightness(
-        *(axis.numpy() for axis in points),
-        [
-            {
-                "amp": 2.0,
-                "R_sersic": 0.8,
-                "n_sersic": n,
-                "e1": e * np.cos(2 * phi),
-                "e2": e * np.sin(2 * phi),
-                "center_x": 0.1,
-                "center_y": -0.2,
-            }
-        ],
-    )
+    shape = dict(R_sersic=0.8, n_sersic=n, q=q, phi=phi, center_x=0.1, center_y=-0.2)
+    x, y = (axis.numpy() for axis in points)
+    theirs = LightModel(["SERSIC_ELLIPSE"]).surface_brightness(x, y, [{"amp": 2.0} | lenstronomys(shape)])
     shapes = torch.log(ours / 2) / light.sersic_b(*real(n)), np.log(theirs / 2) / (1.9992 * n - 0.3271)
     np.testing.assert_allclose(shapes[0].numpy(), shapes[1], rtol=1e-5, atol=1e-5)
 

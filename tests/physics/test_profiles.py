@@ -11,6 +11,7 @@ import torch
 from astropy.cosmology import FlatLambdaCDM
 from caustics.lenses import func
 from lenstronomy.LensModel.lens_model import LensModel
+from references import lenstronomys
 from scipy.special import hyp2f1
 from torch import Tensor
 
@@ -51,15 +52,6 @@ def tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
 
 def parameters(profile: str, **changes: float) -> dict[str, Tensor]:
     return tensors({name: (VALUES | changes)[name] for name in MASS_PROFILES[profile]})
-
-
-def lenstronomys(values: Mapping[str, float]) -> dict[str, float]:
-    """Parameters under lenstronomy's names: q and phi become e1 and e2, shear and sheets have an origin."""
-    theirs = dict(values)
-    if "q" in theirs:
-        q, phi = theirs.pop("q"), theirs.pop("phi")
-        theirs |= {"e1": (1 - q) / (1 + q) * np.cos(2 * phi), "e2": (1 - q) / (1 + q) * np.sin(2 * phi)}
-    return theirs
 
 
 @pytest.fixture
