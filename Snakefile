@@ -21,7 +21,9 @@ rule all:
 
 include: "workflow/rules/survey.smk"
 include: "workflow/rules/galaxies.smk"
+include: "workflow/rules/vae.smk"
 include: "workflow/rules/source.smk"
+include: "workflow/rules/validation.smk"
 include: "workflow/rules/deflection_table.smk"
 include: "workflow/rules/mocks.smk"
 include: "workflow/rules/catalogue.smk"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -25,6 +26,8 @@ from pydantic import BaseModel
 from lenspipe.errors import InputError, LenspipeError
 
 KEY = "lenspipe"
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 PACKAGES = ("lenspipe", "torch", "pyro-ppl", "numpy", "astropy", "zarr", "arviz", "snakemake")
 
 
@@ -99,6 +102,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_file():
+            temporary.chmod(0o666 & ~UMASK)  # some writers make files for their owner alone
         if target.is_dir():
             retired = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.retired")
             target.rename(retired)

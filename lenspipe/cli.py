@@ -60,14 +60,37 @@ def galaxies(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULT
 
 
 @app.command()
+def vae(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Train the autoencoder; a stopped training is gone on with."""
+    from lenspipe.source.stage import write_vae
+
+    with plain_errors():
+        settings = load_config(config)
+        paths = Results(results)
+        write_vae(settings.vae, paths.galaxies, paths.vae, settings.seed)
+
+
+@app.command()
 def source(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
-    """Train the autoencoder and write the source prior."""
+    """Write the source prior: decoder, density of its latents and residual field, or an analytic source."""
     from lenspipe.source.stage import write_source
 
     with plain_errors():
         settings = load_config(config)
         paths = Results(results)
-        write_source(settings.source, paths.galaxies, paths.source_prior, settings.seed)
+        write_source(settings.source, paths.vae, paths.galaxies, paths.source_prior, settings.seed)
+
+
+@app.command()
+def validation(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+    """Test the source on galaxies that it was not made from."""
+    from lenspipe.source.validation import write_validation
+
+    with plain_errors():
+        settings = load_config(config)
+        paths = Results(results)
+        inputs = paths.vae, paths.source_prior, paths.galaxies
+        write_validation(settings.validation, *inputs, paths.validation, settings.seed)
 
 
 @app.command("deflection_table")

@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from astropy.io import fits
 from rich.progress import track
-from skimage.restoration import denoise_nl_means, estimate_sigma
 from torch import Tensor
 
 from lenspipe import artefact
 from lenspipe.config import Config, Mocks
 from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.galaxies.denoise import denoised
 from lenspipe.image.noise import noise_map
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
@@ -66,19 +66,6 @@ def write_mocks(config: Config, paths: Results) -> None:
 def draw_parameters(priors: PriorMap, generator: torch.Generator) -> Parameters:
     """One draw of the named parameters, canonical ones filled in: [1] each, float64."""
     return canonical(priors(torch.randn(1, len(priors.free), generator=generator, dtype=torch.float64)))
-
-
-def denoised(image: np.ndarray, noise_sd: float) -> np.ndarray:
-    """A galaxy image [n, n] without its noise: non-local means (Buades et al. 2005), no negative light, peak 1.
-
-    Where the noise is not known (0) it is estimated from the image; an image without any is left as it is.
-    """
-    sigma = noise_sd or float(estimate_sigma(image))
-    if sigma == 0:
-        return np.clip(image, 0, None) / image.max()
-    clean = denoise_nl_means(image, patch_size=5, patch_distance=7, h=0.8 * sigma, sigma=sigma, fast_mode=True)
-    clean = np.clip(clean - 0.5 * sigma, 0, None)
-    return clean / clean.max()
 
 
 def light_extent(image: np.ndarray, share: float = LIGHT_SHARE) -> float:

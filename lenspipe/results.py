@@ -21,8 +21,16 @@ class Results:
         return self.root / "galaxies/galaxies.zarr"
 
     @property
+    def vae(self) -> Path:
+        return self.root / "vae/vae.safetensors"
+
+    @property
     def source_prior(self) -> Path:
         return self.root / "source/source_prior.safetensors"
+
+    @property
+    def validation(self) -> Path:
+        return self.root / "validation"
 
     @property
     def deflection_table(self) -> Path:

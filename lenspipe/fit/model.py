@@ -6,7 +6,7 @@ The log posterior is then -(|r(w)|^2 + |w|^2) / 2 up to a constant, with r the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pyro
 import torch
@@ -17,7 +17,7 @@ from lenspipe.catalogue.batch import LensBatch
 from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
 from lenspipe.image.source_plane import light_centre
 from lenspipe.prior_map import PriorMap
-from lenspipe.source.prior import SourcePrior
+from lenspipe.source.base import Source, pushed_forward
 
 CHUNK_ELEMENTS = 1_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
 
@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 1_000_000  # entries of a Jacobian [lens, pixel, unknown] held 
 class LensModel:
     """The model of the lenses of a batch; `w` is [lens, size], one row of unknowns for each."""
 
-    def __init__(self, batch: LensBatch, priors: PriorMap, source: SourcePrior, optics: Optics):
+    def __init__(self, batch: LensBatch, priors: PriorMap, source: Source, optics: Optics):
         self.batch, self.priors, self.source, self.optics = batch, priors, source, optics
         unit = batch.flux_unit[:, None, None]
         self.data = batch.image / unit
@@ -104,16 +104,13 @@ class LensModel:
         """
         named, latent = self.split(w)
 
-        def galaxy(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            source = self.source(latent)
-            return source, *light_centre(source)
-
-        source, *centre = galaxy(latent)
-        d_source, d_centre_u, d_centre_v = pushed_forward(galaxy, latent)
+        source, d_source = self.source.linearise(latent)
+        centre = light_centre(source)
+        d_centre_u, d_centre_v = moved_centre(source, d_source)
 
         def geometry(named: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             p = canonical(self.priors(named))
-            return *self.simulator.source_points(p, (centre[0], centre[1])), p["source_flux"][:, None, None]
+            return *self.simulator.source_points(p, centre), p["source_flux"][:, None, None]
 
         u, v, flux = geometry(named)
         rays, along_u, along_v = self.simulator.brightness_gradient((u, v), source)
@@ -174,14 +171,10 @@ class LensModel:
             pyro.sample("image", observed, obs=self.data)
 
 
-def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor) -> tuple[Tensor, ...]:
-    """Derivatives of every output [lens, ...] with respect to `at` [lens, n]: [lens, n, ...] each, in forward mode.
+def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives [lens, n] of the centre of the light of images [lens, 64, 64] along `d_source` [lens, n, 64, 64]."""
 
-    Lenses do not depend on each other, so one direction serves all of them.
-    """
+    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(light_centre, (source,), (direction,))[1]
 
-    def along(direction: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.jvp(function, (at,), (direction.expand_as(at),))[1]
-
-    directions = torch.eye(at.shape[-1], dtype=at.dtype, device=at.device)
-    return torch.func.vmap(along, out_dims=1)(directions)
+    return torch.func.vmap(along, in_dims=1, out_dims=1)(d_source)

@@ -84,27 +84,6 @@ def galaxy_strip(images: NDArray, labels: Sequence[str] = (), columns: int = 8) 
     return figure
 
 
-def reconstructions(images: NDArray, models: NDArray, decoder_sd: float) -> Figure:
-    """Test galaxies [galaxy, y, x], their reconstructions, and the residual in units of sigma_d, a row each."""
-    count = len(images)
-    figure = blank(10, 10 / max(count, 5) * 3)
-    with rc_context(STYLE):
-        axes = figure.subplots(3, count, squeeze=False)
-        residuals = (images - models) / decoder_sd
-        for row, pictures in enumerate((images, models)):
-            for panel, picture in zip(axes[row], pictures, strict=True):
-                light = panel.imshow(picture, origin="lower", cmap=MAPS["light"], vmin=0, vmax=1)
-        for panel, picture in zip(axes[2], residuals, strict=True):
-            difference = _residual_image(panel, picture, None)
-        for panel in axes.ravel():
-            panel.set(xticks=[], yticks=[])
-        for panel, label in zip(axes[:, 0], ("galaxy", "reconstruction", "residual"), strict=True):
-            panel.set_ylabel(label)
-        figure.colorbar(light, ax=axes[:2].ravel().tolist(), label="flux / peak", fraction=0.02, pad=0.01)
-        figure.colorbar(difference, ax=axes[2].tolist(), label=r"residual [$\sigma_d$]", fraction=0.02, pad=0.01)
-    return figure
-
-
 def training_curve(epochs: NDArray, train: NDArray, validation: NDArray) -> Figure:
     """ELBO per image [nat] against the epoch; the best validation ELBO is marked.
 

@@ -6,7 +6,6 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,9 @@ from lenspipe.galaxies.ingest import SPLITS
 from lenspipe.image.source_plane import light_centre
 from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, parameter_names, posterior
 from lenspipe.report import figures
+from lenspipe.report.source import source_section
+from lenspipe.report.table import Table
 from lenspipe.results import Results
-from lenspipe.source.prior import read_source_prior
 from lenspipe.summary import unwrapped
 
 SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`
@@ -72,14 +72,6 @@ FLAGS = {
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
     "failed": "no posterior; the reason is given",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Heads and cells of an HTML table, as text."""
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def write_report(settings: Report, paths: Results) -> None:
@@ -174,26 +166,6 @@ def input_name(origin: str) -> str:
 
 
 @torch.no_grad()
-def source_section(settings: Report, paths: Results) -> dict[str, Any]:
-    """The training curve, reconstructions of test galaxies and draws from the source prior."""
-    curve = pd.read_csv(paths.source_prior.with_name("training.csv"))
-    prior = read_source_prior(paths.source_prior)
-    test = open_galaxies(paths.galaxies, "test")
-    images = test.isel(galaxy=evenly(test.sizes["galaxy"], settings.reconstructions))["image"].to_numpy()
-    models = prior.vae.reconstruct(torch.from_numpy(images.astype("float32"))).numpy()
-    draws = prior(torch.randn(STRIP, prior.size, generator=torch.Generator().manual_seed(0))).numpy()
-    columns = (curve[name].to_numpy() for name in ("epoch", "train_elbo", "validation_elbo"))
-    return {
-        "facts": artefact.read_record(paths.source_prior)["facts"],
-        "latents": prior.size,
-        "decoder_sd": prior.vae.decoder_sd,
-        "residual_sd": float(np.std(images - models) / prior.vae.decoder_sd),
-        "curve": figures.embedded(figures.training_curve(*columns)),
-        "reconstructions": figures.embedded(figures.reconstructions(images, models, prior.vae.decoder_sd)),
-        "draws": figures.embedded(figures.galaxy_strip(draws)),
-    }
-
-
 def evenly(size: int, count: int) -> list[int]:
     """At most `count` of `size` rows, spread evenly."""
     return sorted({int(row) for row in np.linspace(0, size - 1, min(size, count))})

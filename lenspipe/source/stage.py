@@ -1,26 +1,41 @@
-"""Stage `source`: train the autoencoder on the galaxies, fit the latent prior, write both as one artefact."""
+"""Stage `vae`: train the autoencoder on the galaxies; stage `source`: the prior that inference loads, made from it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lenspipe import artefact
-from lenspipe.config import Source
+from lenspipe.config import LearnedSource as LearnedSettings
+from lenspipe.config import SourceSettings, Vae
+from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.memory import keep_freed_memory
-from lenspipe.source.prior import SourcePrior, gaussian_latent_prior, write_source_prior
+from lenspipe.seeds import seed_for
+from lenspipe.source.base import Source
+from lenspipe.source.latent import FlowLatent, GaussianLatent, encoded, flow_latent, gaussian_latent
+from lenspipe.source.learned import LearnedSource
+from lenspipe.source.prior import blank, write_source_prior
+from lenspipe.source.residual import principal_components, stationary_components
 from lenspipe.source.training import Epoch, train
+from lenspipe.source.vae import VAE
 
 
-def write_source(settings: Source, galaxies: Path, out: Path, seed: int) -> None:
-    """Train on the galaxies in `galaxies`; write the prior to `out` and the curve to `training.csv` beside it."""
+def write_vae(settings: Vae, galaxies: Path, out: Path, seed: int) -> None:
+    """Train on the galaxies in `galaxies`; write the weights to `out` and the curve to `training.csv` beside it.
+
+    A run that was stopped leaves `checkpoint.safetensors` there, from which the next one goes on.
+    """
     keep_freed_memory()
-    images = {split: _images(galaxies, split) for split in ("train", "validation")}
+    images = {split: galaxy_images(galaxies, split) for split in ("train", "validation")}
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -28,30 +43,116 @@ def write_source(settings: Source, galaxies: Path, out: Path, seed: int) -> None
         TimeRemainingColumn(),
         TextColumn("{task.fields[elbo]}"),
     )
+    checkpoint = out.with_name("checkpoint.safetensors")
     with Progress(*columns) as progress:
         task = progress.add_task("", total=settings.epochs, elbo="")
 
         def report(epoch: Epoch) -> None:
             progress.update(task, advance=1, elbo=f"validation ELBO {epoch.validation_elbo:.1f}")
 
-        vae, curve = train(settings, images["train"], images["validation"], seed, report)
+        vae, curve = train(settings, images["train"], images["validation"], seed, report, checkpoint)
     best = max(curve, key=lambda e: e.validation_elbo)
     record = artefact.provenance(
-        "source",
-        {"source": settings},
+        "vae",
+        {"vae": settings},
         [galaxies],
         seed,
         galaxies={split: len(i) for split, i in images.items()},
         epochs=len(curve),
         best_epoch=best.epoch,
         validation_elbo=best.validation_elbo,
+        decoder_sd=vae.decoder_sd,
+        images_per_second=len(images["train"]) * len(curve) / sum(epoch.seconds for epoch in curve),
         parameters=sum(p.numel() for p in vae.parameters()),
     )
-    prior = SourcePrior(vae, *gaussian_latent_prior(vae, images["train"], settings.latent_covariance_scale))
     with artefact.written_whole(out.with_name("training.csv")) as temporary:
         pd.DataFrame([epoch.as_row() for epoch in curve]).to_csv(temporary, index=False)
-    write_source_prior(prior, record, out)
+    with artefact.written_whole(out) as temporary:
+        save_file(vae.state_dict(), temporary, metadata={artefact.KEY: json.dumps(record)})
+    checkpoint.unlink(missing_ok=True)
 
 
-def _images(galaxies: Path, split: str) -> Tensor:
+def read_vae(path: Path) -> tuple[VAE, dict[str, Any]]:
+    """The trained autoencoder and its record. Raises InputError where the file is missing or not one."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such autoencoder; run the stage vae first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()[artefact.KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        settings = record["settings"]["vae"]
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not an autoencoder ({error}); remove it and run the stage again") from None
+    vae = VAE(settings["latents"], settings["channels"], settings["dense"], settings["decoder_sd"])
+    vae.load_state_dict(tensors)
+    return vae.requires_grad_(False).eval(), record
+
+
+def galaxy_images(galaxies: Path, split: str) -> Tensor:
+    """Images [galaxy, 64, 64] of peak 1 of one split."""
     return torch.from_numpy(open_galaxies(galaxies, split)["image"].to_numpy().astype("float32"))
+
+
+def write_source(settings: SourceSettings, vae: Path, galaxies: Path, out: Path, seed: int) -> None:
+    """Write the source prior to `out`: of the autoencoder in `vae` and the galaxies, where it is learned from them."""
+    keep_freed_memory()
+    source: Source
+    if isinstance(settings, LearnedSettings):
+        source, facts = learned_source(settings, vae, galaxies, seed)
+        inputs = [vae, galaxies]
+    else:
+        source, facts, inputs = blank(settings, {}), {}, []
+    record = artefact.provenance("source", {"source": settings}, inputs, seed, size=source.size, **facts)
+    write_source_prior(source, record, out)
+
+
+def learned_source(
+    settings: LearnedSettings, path: Path, galaxies: Path, seed: int
+) -> tuple[LearnedSource, dict[str, Any]]:
+    """The learned source of an autoencoder and its training galaxies, and what is worth knowing of it."""
+    vae, record = read_vae(path)
+    training = open_galaxies(galaxies, "train")
+    images = galaxy_images(galaxies, "train")
+    latent = fitted_latent(settings, vae, images, galaxies, seed)
+    basis, explained = residual_basis(settings, vae, images, float((training["noise_sd"] ** 2).mean()))
+    network = {"latents": vae.latents, "channels": record["settings"]["vae"]["channels"], "components": len(basis)}
+    facts = {
+        "network": network,
+        "vae": record["facts"],
+        "residual_variance_explained": explained,
+        "pixel_scale": [float(q) for q in training["pixel_scale"].quantile([0.16, 0.5, 0.84])],
+    }
+    return LearnedSource(vae.decoder, latent, vae.latents, basis), facts
+
+
+def fitted_latent(
+    settings: LearnedSettings, vae: VAE, images: Tensor, galaxies: Path, seed: int
+) -> GaussianLatent | FlowLatent:
+    """The density of the latents that the settings ask for, fitted to the training galaxies."""
+    if settings.latent_density == "gaussian":
+        return gaussian_latent(encoded(vae, images)[0], settings.latent_covariance_scale)
+    flow = settings.flow
+    with Progress() as progress:
+        task = progress.add_task("flow", total=flow.epochs)
+        return flow_latent(
+            vae,
+            images,
+            galaxy_images(galaxies, "validation"),
+            (flow.transforms, flow.hidden),
+            flow.epochs,
+            seed_for(seed, "flow"),
+            lambda value: progress.update(task, advance=1),
+        )
+
+
+@torch.no_grad()
+def residual_basis(settings: LearnedSettings, vae: VAE, images: Tensor, noise_variance: float) -> tuple[Tensor, float]:
+    """The residual field's basis [component, 64, 64], and the share of the residuals' variance in it."""
+    residual = settings.residual
+    if residual.components == 0:
+        return images.new_zeros(0, *images.shape[1:]), 0.0
+    residuals = torch.cat([batch - vae.reconstruct(batch) for batch in images.split(256)])
+    if residual.kind == "stationary":
+        assert residual.components is not None
+        return stationary_components(residuals, noise_variance, residual.components)
+    return principal_components(residuals, noise_variance, residual.components, residual.explained_variance)

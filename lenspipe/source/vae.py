@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Literal
 
 import pyro
+import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
-IMAGE_SIZE = 64
+LOG_SD = (-8.0, 1.0)  # bounds of the latents' standard deviations
 
 
 class Encoder(nn.Module):
@@ -28,7 +32,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         features = self.blocks(image[:, None])
-        return self.mean(features), self.log_sd(features).exp()
+        return self.mean(features).to(image.dtype), bounded(self.log_sd(features).to(image.dtype)).exp()
 
 
 class Decoder(nn.Module):
@@ -45,33 +49,53 @@ class Decoder(nn.Module):
         self.apply(_initialise)
 
     def forward(self, latent: Tensor) -> Tensor:
-        return self.blocks(latent[:, :, None, None])[:, 0]
+        return self.blocks(latent[:, :, None, None])[:, 0].to(latent.dtype)
 
 
 class VAE(nn.Module):
-    """Encoder and decoder, with the model and the guide (paper, eqs. 1-4) that Pyro trains."""
+    """Encoder and decoder, with the model and the guide (paper, eqs. 1-4) that Pyro trains.
 
-    def __init__(self, latents: int, channels: int, dense: int, decoder_sd: float):
+    decoder_sd: sigma_d, or "learned", which begins at the paper's 1/50. Samples of the latents may have a dimension
+    before that of the galaxies: those of the Monte Carlo estimate of the ELBO.
+    """
+
+    def __init__(self, latents: int, channels: int, dense: int, decoder_sd: float | Literal["learned"]):
         super().__init__()
         self.latents = latents
-        self.decoder_sd = decoder_sd
         self.encoder = Encoder(latents, channels, dense)
         self.decoder = Decoder(latents, channels)
+        learned = decoder_sd == "learned"
+        log_sd = torch.tensor(math.log(0.02 if isinstance(decoder_sd, str) else decoder_sd))
+        self.log_decoder_sd = nn.Parameter(log_sd, requires_grad=learned)
 
-    def model(self, image: Tensor) -> None:
-        """p(x, z): latents from N(0, I), pixels from N(mu_d(z), sigma_d)."""
+    @property
+    def decoder_sd(self) -> float:
+        """sigma_d [peak flux]."""
+        return float(self.log_decoder_sd.detach().exp())
+
+    def model(self, image: Tensor, seen: Tensor | None = None) -> None:
+        """p(x, z): latents from N(0, I), pixels from N(mu_d(z), sigma_d); `seen` is the guide's."""
         with pyro.plate("galaxies", len(image)):
             latent = pyro.sample("latent", dist.Normal(image.new_zeros(self.latents), 1.0).to_event(1))
-            pyro.sample("image", dist.Normal(self.decoder(latent), self.decoder_sd).to_event(2), obs=image)
+            decoded = self.decoder(latent.flatten(0, -2)).unflatten(0, latent.shape[:-1])
+            pyro.sample("image", dist.Normal(decoded, self.log_decoder_sd.exp()).to_event(2), obs=image)
 
-    def guide(self, image: Tensor) -> None:
-        """e(z | x): a diagonal Gaussian given by the encoder."""
+    def guide(self, image: Tensor, seen: Tensor | None = None) -> None:
+        """e(z | x): a diagonal Gaussian given by the encoder, from the image or from `seen`, a noisier one."""
+        mean, sd = self.encoder(image if seen is None else seen)
         with pyro.plate("galaxies", len(image)):
-            pyro.sample("latent", dist.Normal(*self.encoder(image)).to_event(1))
+            pyro.sample("latent", dist.Normal(mean, sd).to_event(1))
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """mu_d of the encoded means: [galaxy, 64, 64]."""
         return self.decoder(self.encoder(image)[0])
+
+
+def bounded(log_sd: Tensor) -> Tensor:
+    """log_sd, smoothly kept within its bounds; with the paper's initial weights sd would begin at up to 1e5."""
+    low, high = LOG_SD
+    below = high - functional.softplus(high - log_sd)
+    return low + functional.softplus(below - low)
 
 
 def _down(before: int, after: int) -> nn.Module:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
-from lenspipe import artefact
 from lenspipe.cli import app
-from lenspipe.config import Config, Source
-from lenspipe.source.prior import SourcePrior, write_source_prior
-from lenspipe.source.vae import VAE
+from lenspipe.config import Config, PixelGridSource
+from lenspipe.source.stage import write_source
 from tests.conftest import ROOT
 
-STAGES = ("survey", "galaxies", "source", "deflection_table", "mocks", "catalogue", "fit", "summary", "report")
+STAGES = (
+    "survey",
+    "galaxies",
+    "vae",
+    "source",
+    "validation",
+    "deflection_table",
+    "mocks",
+    "catalogue",
+    "fit",
+    "summary",
+    "report",
+)
 
 
 def lenspipe(*arguments: str | Path) -> Result:
@@ -30,13 +39,11 @@ def test_a_stage_has_one_name(stage: str) -> None:
 
 
 def test_show_says_what_a_file_is(tmp_path: Path) -> None:
-    settings = Source(latents=2, channels=4, dense=8)
-    vae = VAE(settings.latents, settings.channels, settings.dense, settings.decoder_sd)
-    record = artefact.provenance("source", {"source": settings}, [], seed=7, epochs=3)
-    write_source_prior(SourcePrior(vae, torch.zeros(2), torch.eye(2)), record, tmp_path / "prior.safetensors")
+    settings = PixelGridSource(kind="pixel_grid", modes=3)
+    write_source(settings, tmp_path, tmp_path, tmp_path / "prior.safetensors", seed=7)
     shown = lenspipe("show", tmp_path / "prior.safetensors")
     assert shown.exit_code == 0
-    for text in ("source", "7", '"latents": 2', '"epochs": 3', '"torch"'):
+    for text in ("source", "7", '"modes": 3', '"size": 3', '"torch"'):
         assert text in shown.output
 
 

@@ -28,6 +28,7 @@ from lenspipe.lens.table import build_table
 from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
+from lenspipe.source.base import Source
 
 NOISE = 0.05
 HALO = {
@@ -39,8 +40,8 @@ HALO = {
 }
 
 
-class Blobs(torch.nn.Module):
-    """A source with the interface of the source prior: three Gaussians whose brightness the unknowns set."""
+class Blobs(Source):
+    """Three Gaussians whose brightness the unknowns set."""
 
     size = 3
 
@@ -51,15 +52,12 @@ class Blobs(torch.nn.Module):
         return torch.einsum("lk,kyx->lyx", 0.4 + 0.2 * torch.tanh(w), blobs)
 
 
-@pytest.fixture(scope="module")
-def model() -> tuple[LensModel, Tensor]:
-    """Three small lenses drawn from the model, in float64, and their true unknowns."""
-    generator = torch.Generator().manual_seed(5)
-    source = Blobs()
+def lens_batch() -> LensBatch:
+    """Three small empty images, in float64; one has a masked strip."""
     n, lenses = 24, 3
     usable = torch.ones(lenses, n, n, dtype=torch.bool)
     usable[1, :4] = False
-    batch = LensBatch(
+    return LensBatch(
         ("a", "b", "c"),
         torch.zeros(lenses, n, n).double(),
         torch.full((lenses, n, n), NOISE).double(),
@@ -68,10 +66,18 @@ def model() -> tuple[LensModel, Tensor]:
         torch.full((lenses,), 0.2).double(),
         torch.tensor([1.0, 1.0, 2.0]).double(),
     )
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[LensModel, Tensor]:
+    """Three small lenses drawn from the model, in float64, and their true unknowns."""
+    generator = torch.Generator().manual_seed(5)
+    source = Blobs()
+    batch = lens_batch()
     priors = PriorMap(Config().priors.expressions())
     blank = LensModel(batch, priors, source, Optics())
-    truth = 0.5 * torch.randn(lenses, blank.size, generator=generator, dtype=torch.float64)
-    noise = NOISE * torch.randn(lenses, n, n, generator=generator, dtype=torch.float64)
+    truth = 0.5 * torch.randn(len(batch), blank.size, generator=generator, dtype=torch.float64)
+    noise = NOISE * torch.randn(batch.image.shape, generator=generator, dtype=torch.float64)
     image = blank.image(truth) * batch.flux_unit[:, None, None] + noise
     return LensModel(replace(batch, image=image), priors, source, Optics()), truth
 

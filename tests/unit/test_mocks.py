@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from astropy.io import fits
 
 from lenspipe.config import Config, load_config
-from lenspipe.mocks import denoised, light_extent, write_mocks
+from lenspipe.galaxies.denoise import denoised
+from lenspipe.mocks import light_extent, write_mocks
 from lenspipe.results import Results
-from lenspipe.source.prior import SourcePrior, write_source_prior
-from lenspipe.source.vae import VAE
+from lenspipe.source.stage import write_source
 
 
 def blob(sd: float, n: int = 64) -> np.ndarray:
@@ -51,15 +50,9 @@ def test_extent_of_a_gaussian(sd: float) -> None:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Results:
-    """Results with a source prior that nobody trained."""
-    torch.manual_seed(0)
-    config = settings(systems=1)
-    vae = VAE(config.source.latents, config.source.channels, config.source.dense, 0.02)
-    prior = SourcePrior(vae, torch.zeros(config.source.latents), torch.eye(config.source.latents))
+    """Results with a source that is not learned."""
     found = Results(tmp_path)
-    found.source_prior.parent.mkdir()
-    record = {"stage": "source", "settings": {"source": config.source.model_dump(mode="json")}}
-    write_source_prior(prior, record, found.source_prior)
+    write_source(settings(systems=1).source, found.vae, found.galaxies, found.source_prior, seed=1)
     return found
 
 
@@ -67,7 +60,7 @@ def settings(systems: int, seed: int = 1) -> Config:
     return load_config(
         {
             "seed": seed,
-            "source": {"latents": 2, "channels": 4, "dense": 8},
+            "source": {"kind": "sersic"},
             "lens": {"deflection": "series"},
             "mocks": {
                 "systems": systems,

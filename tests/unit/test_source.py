@@ -1,23 +1,36 @@
-"""The source prior: training, its latent prior, its file; and where its light is placed."""
+"""The autoencoder: its training, its checkpoints, its ELBO against quadrature; and where the light of a source is."""
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyro
 import pytest
 import torch
-from torch import Tensor
+import xarray as xr
+from pyro.infer import TraceMeanField_ELBO
+from scipy.integrate import quad
+from scipy.stats import norm
+from torch import Tensor, nn
 
-from lenspipe.config import Source
+from lenspipe.config import Vae
 from lenspipe.errors import InputError, TrainingError
 from lenspipe.image.source_plane import light_centre
 from lenspipe.source import training
-from lenspipe.source.prior import SourcePrior, gaussian_latent_prior, read_source_prior, write_source_prior
-from lenspipe.source.training import Epoch, augmented, train
-from lenspipe.source.vae import VAE
+from lenspipe.source.checkpoint import read_checkpoint, write_checkpoint
+from lenspipe.source.stage import read_vae
+from lenspipe.source.training import Epoch, TrainingState, augmented, train
+from lenspipe.source.vae import LOG_SD, VAE, bounded
 
-SMALL = Source(latents=3, channels=4, dense=16, epochs=6, batch_size=16, augment=False)
+SMALL = Vae(latents=3, channels=4, dense=16, epochs=6, batch_size=16, augment=False)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +42,7 @@ def images() -> Tensor:
     return torch.exp(-radius / (2 * widths**2))
 
 
-def fitted(settings: Source, images: Tensor, seed: int = 1) -> tuple[VAE, list[Epoch]]:
+def fitted(settings: Vae, images: Tensor, seed: int = 1) -> tuple[VAE, list[Epoch]]:
     return train(settings, images[::2], images[1::2], seed, lambda epoch: None)
 
 
@@ -50,7 +63,7 @@ def test_training_follows_its_seed_and_leaves_the_global_one_alone(images: Tenso
     state = torch.random.get_rng_state()
     (first, _), (again, _), (other, _) = (fitted(SMALL, images, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
-    weight = next(iter(first.state_dict()))
+    weight = "encoder.mean.weight"
     assert torch.equal(first.state_dict()[weight], again.state_dict()[weight])
     assert not torch.equal(first.state_dict()[weight], other.state_dict()[weight])
 
@@ -64,7 +77,7 @@ def test_early_stop_keeps_the_best_weights(images: Tensor, monkeypatch: pytest.M
         vae.eval()
         return [1.0, 3.0, 2.0, 2.0, 2.0, 2.0][len(seen) - 1]
 
-    monkeypatch.setattr(training, "_evaluate", evaluate)
+    monkeypatch.setattr(training, "validation", evaluate)
     vae, curve = fitted(SMALL.model_copy(update={"patience": 2}), images)
     assert [epoch.validation_elbo for epoch in curve] == [1.0, 3.0, 2.0, 2.0]
     assert torch.equal(vae.encoder.mean.weight, seen[1])
@@ -74,7 +87,7 @@ def test_early_stop_keeps_the_best_weights(images: Tensor, monkeypatch: pytest.M
 def test_a_loss_that_is_not_finite_is_an_error(images: Tensor) -> None:
     broken = images.clone()
     broken[0, 0, 0] = torch.nan
-    with pytest.raises(TrainingError, match=r"lower source\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"lower vae\.learning_rate"):
         fitted(SMALL, broken)
 
 
@@ -84,32 +97,207 @@ def test_augmentation_moves_the_light_by_half_a_pixel_a_side(images: Tensor) -> 
     assert 0.3 < float(moved.norm(dim=-1).max()) < 0.75
 
 
-def test_latent_prior_is_that_of_the_encoded_means(images: Tensor, learnt: tuple[VAE, list[Epoch]]) -> None:
-    vae = learnt[0]
-    mean, scale = gaussian_latent_prior(vae, images, 9.0)
-    with torch.no_grad():
-        encoded = vae.encoder(images)[0].numpy()
-    np.testing.assert_allclose(mean, encoded.mean(0), rtol=1e-4, atol=1e-6)
-    covariance = (scale @ scale.T).numpy()
-    np.testing.assert_allclose(covariance, 9 * np.cov(encoded.T), rtol=1e-3, atol=1e-4 * covariance.max())
+class StraightVAE(VAE):
+    """p(x | z) = N(a z + b, s) of one pixel and one latent, e(z | x) = N(c x, t): all that an ELBO needs is known."""
+
+    a, b, c, t = 0.7, 0.2, 0.9, 0.4
+
+    def __init__(self, sd: float):
+        super().__init__(1, 1, 1, sd)
+        self.encoder.forward = lambda image: (self.c * image[:, 0], torch.full_like(image[:, 0], self.t))  # type: ignore[method-assign]
+        self.decoder.forward = lambda latent: (self.a * latent + self.b)[:, None]  # type: ignore[method-assign]
+
+    def exact(self, x: float) -> tuple[float, float]:
+        """The ELBO of a pixel x and its KL divergence, by quadrature."""
+        posterior = norm(self.c * x, self.t)
+
+        def integral(term: object) -> float:
+            return quad(lambda z: posterior.pdf(z) * term(z), -8, 8, epsabs=1e-10)[0]  # type: ignore[operator]
+
+        kl = integral(lambda z: posterior.logpdf(z) - norm.logpdf(z))
+        return integral(lambda z: norm.logpdf(x, self.a * z + self.b, self.decoder_sd)) - kl, kl
 
 
-def test_prior_is_read_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [1, 10])
+def test_elbo_agrees_with_quadrature(samples: int) -> None:
+    """Of a linear Gaussian model, within four standard errors of 20,000 draws; they fall with the number of samples."""
+    vae, x = StraightVAE(0.3), 0.8
+    exact, _ = vae.exact(x)
+    elbo = TraceMeanField_ELBO(num_particles=samples, max_plate_nesting=1, vectorize_particles=samples > 1)
+    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(samples)
+        values = [
+            -float(elbo.loss(vae.model, vae.guide, torch.full((200, 1, 1), x))) / 200 for _ in range(100 // samples)
+        ]
+    error = np.std(values) / math.sqrt(len(values))
+    assert abs(np.mean(values) - exact) < 4 * error
+    assert error < 0.02
+
+
+def test_elbo_is_the_evidence_where_the_encoder_is_exact() -> None:
+    vae, x = StraightVAE(0.3), 0.8
+    precision = 1 + vae.a**2 / 0.3**2
+    vae.t = precision**-0.5
+    vae.c = vae.a * (x - vae.b) / 0.3**2 / precision / x
+    assert vae.exact(x)[0] == pytest.approx(norm.logpdf(x, vae.b, math.hypot(vae.a, 0.3)), abs=1e-6)
+
+
+def test_latents_keep_their_bounds() -> None:
+    raw = torch.tensor([-1e4, -3.0, 0.0, 1e4], dtype=torch.float64)
+    low, high = LOG_SD
+    value = bounded(raw)
+    assert value[0] == pytest.approx(low, abs=1e-3)
+    assert value[3] == pytest.approx(high, abs=1e-3)
+    assert value[1] == pytest.approx(-3.0, abs=0.03)
+
+
+def test_a_learned_noise_is_that_of_the_images(images: Tensor) -> None:
+    """With a decoder that cannot move, sigma_d ends at the scatter of the pixels."""
     torch.manual_seed(0)
-    prior = SourcePrior(VAE(3, 4, 16, 0.02), torch.ones(3), 2 * torch.eye(3))
-    record = {"stage": "source", "settings": {"source": SMALL.model_dump(mode="json")}}
-    write_source_prior(prior, record, tmp_path / "prior.safetensors")
-    again = read_source_prior(tmp_path / "prior.safetensors")
-    w = torch.randn(2, 3)
-    assert torch.equal(again(w), prior(w))
+    settings = SMALL.model_copy(update={"decoder_sd": "learned", "learning_rate": 0.05, "epochs": 40})
+    state = TrainingState(settings, torch.device("cpu"))
+    state.vae.decoder = Still()
+    state.average.module.decoder = Still()
+    for _ in range(40):
+        state.advance(images, images)
+    assert state.trained().decoder_sd == pytest.approx(float(images.square().mean().sqrt()), rel=0.05)
 
 
-def test_bad_prior_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent\.safetensors: no such source prior; run the stage source"):
-        read_source_prior(tmp_path / "absent.safetensors")
+class Still(nn.Module):
+    """A decoder that gives empty images."""
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent.new_zeros(len(latent), 64, 64)
+
+
+def test_moving_average_follows_the_weights(images: Tensor) -> None:
+    """Without one (ema = 0) the judged weights are the trained ones; with one they lag behind."""
+    for ema, same in ((0.0, True), (0.9, False)):
+        torch.manual_seed(0)
+        state = TrainingState(SMALL.model_copy(update={"ema": ema}), torch.device("cpu"))
+        state.advance(images, images)
+        judged, trained = (v.encoder.mean.weight for v in (state.judged, state.vae))
+        assert torch.equal(judged, trained) is same
+
+
+def test_low_precision_trains_too(images: Tensor) -> None:
+    _, curve = fitted(SMALL.model_copy(update={"precision": "bfloat16"}), images)
+    assert curve[-1].validation_elbo > curve[0].validation_elbo
+
+
+class Stop(Exception):
+    """Ends a training from outside."""
+
+
+def losses(curve: list[Epoch]) -> list[tuple[float, float]]:
+    return [(epoch.train_elbo, epoch.validation_elbo) for epoch in curve]
+
+
+def stopped_after(epochs: int, settings: Vae, images: Tensor, checkpoint: Path) -> None:
+    def report(epoch: Epoch) -> None:
+        if epoch.epoch == epochs:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(settings, images[::2], images[1::2], 1, report, checkpoint)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    settings = SMALL.model_copy(update={"augment": True, "noise": 0.01, "ema": 0.5})
+    whole, curve = fitted(settings, images)
+    stopped_after(3, settings, images, tmp_path / "checkpoint")
+    seen: list[int] = []
+    again, rest = train(
+        settings, images[::2], images[1::2], 1, lambda epoch: seen.append(epoch.epoch), tmp_path / "checkpoint"
+    )
+    assert losses(rest) == losses(curve)
+    assert rest[0].seconds != curve[0].seconds, "the first epochs are those of the checkpoint"
+    assert seen == [0, 1, 2, 3, 4, 5]
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("change", ["settings", "images", "seed", "broken"])
+def test_a_checkpoint_of_another_training_is_left_alone(
+    change: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    path = tmp_path / "checkpoint"
+    stopped_after(3, SMALL, images, path)
+    settings, changed, seed = SMALL, images, 1
+    if change == "settings":
+        settings = SMALL.model_copy(update={"latents": 2})
+    elif change == "images":
+        changed = images.flip(1) * 0.9
+    elif change == "seed":
+        seed = 2
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+    expected = fitted(settings, changed, seed)[1]
+    _, curve = train(settings, changed[::2], changed[1::2], seed, lambda epoch: None, path)
+    assert losses(curve) == losses(expected)
+
+
+def test_checkpoints_keep_every_number(tmp_path: Path) -> None:
+    parts = {"vae": {"a.b": torch.randn(3, 2)}, "average": {}, "best": {"n": torch.tensor(3)}, "adam": {}}
+    write_checkpoint(tmp_path / "c", parts, {"key": {"seed": 1}, "curve": [{"epoch": 0, "x": 0.1 + 0.2}]})
+    found = read_checkpoint(tmp_path / "c", {"seed": 1})
+    assert found is not None
+    assert torch.equal(found[0]["vae"]["a.b"], parts["vae"]["a.b"])
+    assert found[0]["best"]["n"] == 3
+    assert found[1] == [{"epoch": 0, "x": 0.1 + 0.2}]
+    assert read_checkpoint(tmp_path / "c", {"seed": 2}) is None
+
+
+STAGE = """
+import sys
+from lenspipe.cli import app
+from lenspipe.source import training
+training.CHECKPOINT_SECONDS = 0
+app(["vae", "--config", sys.argv[1], "--results", sys.argv[2]])
+"""
+
+
+def test_a_killed_stage_goes_on(images: Tensor, tmp_path: Path) -> None:
+    """kill -9 after the first checkpoint; the next call ends with the curve of a run that nobody killed."""
+    config = '{"vae": {"latents": 3, "channels": 4, "dense": 16, "epochs": 40, "batch_size": 4}}'
+    runs = {name: tmp_path / name for name in ("whole", "killed")}
+    for folder in runs.values():
+        write_galaxies(images, folder / "galaxies/galaxies.zarr")
+    command = {name: [sys.executable, "-c", STAGE, config, str(folder)] for name, folder in runs.items()}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command["whole"], check=True, env=environment, capture_output=True)
+    checkpoint = runs["killed"] / "vae/checkpoint.safetensors"
+    first = subprocess.Popen(command["killed"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not checkpoint.exists() and first.poll() is None:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert not (runs["killed"] / "vae/vae.safetensors").exists()
+    subprocess.run(command["killed"], check=True, env=environment, capture_output=True)
+    curves = [pd.read_csv(folder / "vae/training.csv") for folder in runs.values()]
+    pd.testing.assert_frame_equal(curves[0].drop(columns="seconds"), curves[1].drop(columns="seconds"))
+    weights = [read_vae(folder / "vae/vae.safetensors")[0].state_dict() for folder in runs.values()]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not checkpoint.exists()
+
+
+def write_galaxies(images: Tensor, path: Path) -> None:
+    """Images as the stage `galaxies` leaves them: half to train on, half for validation."""
+    split = np.array(["train", "validation"] * (len(images) // 2), dtype=object)
+    data = xr.Dataset({"image": (("galaxy", "y", "x"), images.numpy()), "split": ("galaxy", split)})
+    data.to_zarr(path, zarr_format=3, consolidated=False)
+
+
+def test_bad_files_of_an_autoencoder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.safetensors: no such autoencoder; run the stage vae"):
+        read_vae(tmp_path / "absent.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(InputError, match=r"cut\.safetensors: not a source prior"):
-        read_source_prior(tmp_path / "cut.safetensors")
+    with pytest.raises(InputError, match=r"cut\.safetensors: not an autoencoder"):
+        read_vae(tmp_path / "cut.safetensors")
 
 
 def test_light_centre_is_where_the_light_is() -> None:

@@ -27,18 +27,34 @@ from tests.conftest import ROOT, TINY, environment, snakemake
 pytestmark = pytest.mark.workflow
 
 JOBS = Counter(
-    dict(survey=1, galaxies=1, source=1, deflection_table=1, mocks=1, catalogue=1, fit=2, summary=1, report=1, all=1)
+    dict(
+        survey=1,
+        galaxies=1,
+        vae=1,
+        source=1,
+        validation=1,
+        deflection_table=1,
+        mocks=1,
+        catalogue=1,
+        fit=2,
+        summary=1,
+        report=1,
+        all=1,
+    )
 )
 FROM_MOCKS = {"mocks", "catalogue", "fit", "summary", "report"}
+FROM_VAE = {"vae", "source", "validation"}
 DOWNSTREAM = {
-    "galaxies": {"galaxies", "source"} | FROM_MOCKS,
+    "galaxies": {"galaxies"} | FROM_VAE | FROM_MOCKS,
     "deflection_table": {"deflection_table"} | FROM_MOCKS,
     "lens": FROM_MOCKS,
     "priors": FROM_MOCKS,
     "mocks": FROM_MOCKS,
     "catalogue": {"catalogue", "fit", "summary", "report"},
-    "survey": {"survey", "galaxies", "source", "mocks", "catalogue", "fit", "summary", "report"},
-    "source": {"source", "fit", "summary", "report"},
+    "survey": {"survey", "galaxies"} | FROM_VAE | FROM_MOCKS,
+    "vae": FROM_VAE | {"fit", "summary", "report"},
+    "source": {"source", "validation", "fit", "summary", "report"},
+    "validation": {"validation", "report"},
     "fit": {"fit", "summary", "report"},
     "summary": {"summary", "report"},
     "report": {"report"},
@@ -51,7 +67,9 @@ EDITS = {
     "mocks": {"image_size": 34},
     "catalogue": {"lenses": [{"name": "a", "pixel_scale": 0.1, "image": "i", "noise": "n", "psf": "p"}]},
     "survey": {"galaxies": 91},
-    "source": {"epochs": 5},
+    "vae": {"epochs": 5},
+    "source": {"latent_covariance_scale": 4.0},
+    "validation": {"rotations": 3},
     "fit": {"draws": 21},
     "summary": {"r_hat_max": 1.2},
     "report": {"title": "another"},
@@ -105,7 +123,9 @@ def test_posterior_is_an_arviz_object(tiny_run: Path) -> None:
     [
         ("survey", "survey"),
         ("galaxies/galaxies.zarr", "galaxies"),
+        ("vae/vae.safetensors", "vae"),
         ("source/source_prior.safetensors", "source"),
+        ("validation/galaxies.csv", "validation"),
         ("deflection_table/deflection_table.safetensors", "deflection_table"),
         ("mocks/mock-0000-low/image.fits", "mocks"),
         ("catalogue/catalogue.zarr", "catalogue"),

@@ -44,6 +44,13 @@ def galaxy_inputs():
     )
 
 
+def source_inputs():
+    """What the source prior is made of: nothing, where it is not learned."""
+    if settings.source.kind != "vae":
+        return []
+    return ["results/vae/vae.safetensors", "results/galaxies/galaxies.zarr/zarr.json"]
+
+
 def mock_inputs():
     """What the mocks are made of."""
     table = (

@@ -4,7 +4,7 @@
 rule report:
     input:
         "results/galaxies/cuts.csv",
-        "results/source/training.csv",
+        "results/validation/provenance.json",
         "results/source/source_prior.safetensors",
         "results/deflection_table/deflection_table.safetensors",
         "results/summary/lenses.csv",

@@ -1,12 +1,11 @@
-"""The autoencoder trained, and the source prior made from it."""
+"""The source prior that inference loads."""
 
 
 rule source:
     input:
-        "results/galaxies/galaxies.zarr/zarr.json",
+        source_inputs(),
     output:
         "results/source/source_prior.safetensors",
-        "results/source/training.csv",
     log:
         "results/logs/source.log",
     benchmark:
@@ -16,7 +15,7 @@ rule source:
     threads: 8
     resources:
         mem_mb=4000,
-        runtime=720,
+        runtime=120,
     params:
         settings=sections("source"),
     shell:

@@ -1,0 +1,43 @@
+"""What every source is: images of a galaxy, of brightness about 1, made from a standard normal w."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+IMAGE_SIZE = 64
+
+
+class Source(nn.Module):
+    """Images [n, 64, 64] of w [n, size], w ~ N(0, I); smooth in w.
+
+    A kind of source is one file with a subclass of this; it is built from its section of the settings alone or, where
+    it is learned, from tensors that the stage `source` puts into its file. `prior.py` lists them.
+    """
+
+    size: int  # number of entries of w
+
+    def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and their derivatives with respect to w [n, size, 64, 64]; by forward mode."""
+        (derivatives,) = pushed_forward(lambda w: (self(w),), w)
+        return self(w), derivatives
+
+
+def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor) -> tuple[Tensor, ...]:
+    """Derivatives of every output [n, ...] with respect to `at` [n, size]: [n, size, ...] each, in forward mode.
+
+    Rows do not depend on each other, so one direction serves all of them.
+    """
+
+    def along(direction: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(function, (at,), (direction.expand_as(at),))[1]
+
+    directions = torch.eye(at.shape[-1], dtype=at.dtype, device=at.device)
+    return torch.func.vmap(along, out_dims=1)(directions)
+
+
+def pixel_axis() -> Tensor:
+    """Centres of the pixels along one axis, in units of the image's width from its centre: [64]."""
+    return (torch.arange(IMAGE_SIZE) - (IMAGE_SIZE - 1) / 2) / IMAGE_SIZE

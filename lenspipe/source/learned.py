@@ -1,0 +1,59 @@
+"""The learned source: the decoder's image of latents z(w), and the residual field that it cannot draw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lenspipe.config import LearnedSource as Settings
+from lenspipe.source.base import IMAGE_SIZE, Source, pushed_forward
+from lenspipe.source.latent import FlowLatent, GaussianLatent
+from lenspipe.source.vae import Decoder
+
+
+class LearnedSource(Source):
+    """mu_d(z(w)) + sum_k r_k b_k; w: first the latents' unknowns, then the weights r of the basis b.
+
+    decoder: the VAE's; latent: from w to z; basis: [component, 64, 64].
+    """
+
+    def __init__(self, decoder: Decoder, latent: GaussianLatent | FlowLatent, latents: int, basis: Tensor):
+        super().__init__()
+        self.decoder, self.latent, self.latents = decoder, latent, latents
+        self.basis = nn.Buffer(basis)
+        self.size = latents + len(basis)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def blank(cls, settings: Settings, latents: int, channels: int, components: int) -> LearnedSource:
+        """One whose tensors are still to be loaded."""
+        latent = latent_map(settings, latents)
+        return cls(Decoder(latents, channels), latent, latents, torch.zeros(components, IMAGE_SIZE, IMAGE_SIZE))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.decoded(w) + self.field(w)
+
+    def without_residual(self) -> LearnedSource:
+        """The same source without its residual field."""
+        return LearnedSource(self.decoder, self.latent, self.latents, self.basis[:0])
+
+    def decoded(self, w: Tensor) -> Tensor:
+        """The decoder's part [n, 64, 64]."""
+        return self.decoder(self.latent(w[:, : self.latents]))
+
+    def field(self, w: Tensor) -> Tensor:
+        """The residual field [n, 64, 64]."""
+        return torch.einsum("nk,kyx->nyx", w[:, self.latents :], self.basis)
+
+    def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and their derivatives [n, size, 64, 64]; those of the residual field are its basis."""
+        latents = w[:, : self.latents]
+        (of_latents,) = pushed_forward(lambda latents: (self.decoded(latents),), latents)
+        return self(w), torch.cat([of_latents, self.basis.expand(len(w), -1, -1, -1)], 1)
+
+
+def latent_map(settings: Settings, latents: int) -> GaussianLatent | FlowLatent:
+    """The latent map that the settings ask for, not yet fitted."""
+    if settings.latent_density == "gaussian":
+        return GaussianLatent(latents)
+    return FlowLatent(latents, settings.flow.transforms, settings.flow.hidden)

@@ -1,0 +1,79 @@
+"""What the decoder cannot draw: a field of components with N(0, 1) weights, learned from its residuals.
+
+A basis [component, y, x] is scaled such that a sum of its images, with standard normal weights, has the second moments
+of the residuals, turned by all quarter turns and flips, without those of their noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOST = 1024  # components
+ROUNDING = 1e-12  # eigenvalues below this share of the greatest are zero
+
+
+def principal_components(
+    residuals: Tensor, noise_variance: float, components: int | None, explained_variance: float
+) -> tuple[Tensor, float]:
+    """The leading principal components [k, n, n] of residuals [galaxy, n, n], and the variance share they explain.
+
+    `components` fixes their number; None: as many as explain `explained_variance` of it. `noise_variance` is that of
+    white noise in the residuals: components that it hides are left out, and the variance of the others is freed of it
+    (the spiked covariance model; Donoho, Gavish & Johnstone 2018).
+    """
+    n = residuals.shape[-1]
+    values, vectors = torch.linalg.eigh(second_moments(residuals))
+    freed = without_noise(values.flip(0), noise_variance, n * n / (8 * len(residuals))).clip(min=0)
+    total = freed.sum()
+    if components is None:
+        share = freed.cumsum(0) / total.clip(min=torch.finfo(total.dtype).tiny)
+        components = int((share < explained_variance).sum()) + 1
+    count = min(components, MOST, int((freed > ROUNDING * freed.max()).sum()))
+    basis = freed[:count].sqrt()[:, None] * vectors.flip(1)[:, :count].T
+    return basis.reshape(count, n, n).float(), float(freed[:count].sum() / total) if count else 0.0
+
+
+def second_moments(residuals: Tensor) -> Tensor:
+    """Mean product of every two pixels over residuals [galaxy, n, n] in all eight orientations: [n n, n n], float64."""
+    n = residuals.shape[-1]
+    flat = residuals.flatten(1).double()
+    moments = flat.T @ flat / len(flat)
+    index = torch.arange(n * n).reshape(n, n)
+    moments = (moments + moments[:, index.T.flatten()][index.T.flatten()]) / 2
+    for axis in (0, 1):
+        flipped = index.flip(axis).flatten()
+        moments = (moments + moments[:, flipped][flipped]) / 2
+    return moments
+
+
+def without_noise(values: Tensor, noise_variance: float, ratio: float) -> Tensor:
+    """Eigenvalues of a covariance from those of noisy samples, `ratio` = dimensions / samples; 0: hidden by noise."""
+    if noise_variance == 0:
+        return values
+    scaled = values / noise_variance
+    middle = scaled - 1 - ratio
+    seen = scaled > (1 + ratio**0.5) ** 2
+    spike = (middle + (middle.square() - 4 * ratio).clip(min=0).sqrt()) / 2
+    return torch.where(seen, noise_variance * spike, 0.0)
+
+
+def stationary_components(residuals: Tensor, noise_variance: float, components: int) -> tuple[Tensor, float]:
+    """Plane waves [k, n, n] with the mean isotropic power spectrum of residuals [galaxy, n, n], the strongest first.
+
+    The variant for comparison: it knows how much power there is at each scale, not where. Returns also the share of
+    the variance that they hold.
+    """
+    n = residuals.shape[-1]
+    power = torch.fft.fft2(residuals.double()).abs().square().mean(0) / n**4  # of each frequency, sums to the variance
+    frequency = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)
+    k_y, k_x = torch.meshgrid(frequency, frequency, indexing="ij")
+    ring = torch.hypot(k_x, k_y).round().long()
+    mean = torch.bincount(ring.flatten(), power.flatten()) / torch.bincount(ring.flatten())
+    isotropic = (mean[ring] - noise_variance / n**2).clip(min=0)
+    strongest = isotropic.flatten().argsort(descending=True, stable=True)[:components]
+    axis = 2 * torch.pi * torch.arange(n, dtype=torch.float64) / n
+    phase = k_x.flatten()[strongest, None, None] * axis + k_y.flatten()[strongest, None, None] * axis[:, None]
+    # cos + sin (Hartley's cas): one real wave for each frequency, orthogonal to the others
+    basis = isotropic.flatten()[strongest].sqrt()[:, None, None] * (phase.cos() + phase.sin())
+    return basis.float(), float(isotropic.flatten()[strongest].sum() / isotropic.sum())

@@ -1,0 +1,200 @@
+"""The contract of a source, for every kind of it; and fits of sources to images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from lenspipe.config import Config, LearnedSource, SourceSettings, load_config
+from lenspipe.errors import ConfigError, InputError
+from lenspipe.fit.model import LensModel
+from lenspipe.image.simulator import Optics
+from lenspipe.prior_map import PriorMap
+from lenspipe.source import learned
+from lenspipe.source.base import Source
+from lenspipe.source.prior import blank, read_source_prior, write_source_prior
+from lenspipe.source.reconstruction import misfit, reconstruct
+from lenspipe.source.shapelets import hermite_functions
+from lenspipe.source.vae import Decoder
+from tests.unit.test_fit import NOISE, lens_batch
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sersic": {"kind": "sersic"},
+    "shapelets": {"kind": "shapelets", "order": 4},
+    "pixel_grid": {"kind": "pixel_grid", "modes": 9},
+    "gaussian": {"kind": "vae"},
+    "flow": {"latent_density": "flow", "flow": {"transforms": 2, "hidden": 8}},
+    "residual": {"residual": {"components": 3}},
+}
+ANALYTIC = ("sersic", "shapelets", "pixel_grid")
+LATENTS = 4
+
+
+def parsed(kind: str) -> Any:
+    return TypeAdapter(SourceSettings).validate_python(KINDS[kind])
+
+
+def record(kind: str) -> dict[str, Any]:
+    """What the file of a source says of it."""
+    components = 3 if kind == "residual" else 0
+    network = {"latents": LATENTS, "channels": 2, "components": components}
+    settings = parsed(kind).model_dump(mode="json")
+    return {"stage": "source", "settings": {"source": settings}, "facts": {"network": network}}
+
+
+def made(kind: str) -> Source:
+    """A source of each kind; learned ones have weights that nobody trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        source = blank(parsed(kind), record(kind))
+        for name, tensor in source.state_dict().items():
+            if name.endswith("weight") or name == "basis":
+                tensor.copy_(0.3 * torch.randn_like(tensor))
+    return source.requires_grad_(False).eval().double()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def unknowns(source: Source, count: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, source.size, generator=generator, dtype=torch.float64)
+
+
+def test_images_are_finite_everywhere(kind: str) -> None:
+    source = made(kind)
+    for w in (torch.zeros(2, source.size).double(), unknowns(source), 4 * unknowns(source), -4 * unknowns(source)):
+        images = source(w)
+        assert images.shape == (len(w), 64, 64)
+        assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("kind", ANALYTIC)
+def test_the_middle_of_the_prior_has_brightness_one(kind: str) -> None:
+    source = made(kind)
+    (image,) = source(torch.zeros(1, source.size).double())
+    assert float(image.max()) == pytest.approx(1, abs=0.25)
+    assert float(image.max()) == float(image[31:33, 31:33].max())
+
+
+def test_a_galaxy_does_not_depend_on_the_others(kind: str) -> None:
+    source = made(kind)
+    w = unknowns(source)
+    for row in range(3):
+        torch.testing.assert_close(source(w)[row], source(w[row : row + 1])[0], rtol=1e-12, atol=1e-12)
+
+
+def test_every_unknown_moves_the_image(kind: str) -> None:
+    source = made(kind)
+    _, derivatives = source.linearise(unknowns(source))
+    assert (derivatives.abs().amax((2, 3)) > 1e-6).all()
+
+
+def test_derivatives_equal_finite_differences(kind: str) -> None:
+    source = made(kind)
+    w, step = unknowns(source), 1e-5
+    images, derivatives = source.linearise(w)
+    torch.testing.assert_close(images, source(w))
+    for entry, direction in enumerate(torch.eye(source.size, dtype=torch.float64)):
+        expected = (source(w + step * direction) - source(w - step * direction)) / (2 * step)
+        torch.testing.assert_close(derivatives[:, entry], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_source_is_read_back(kind: str, tmp_path: Path) -> None:
+    source = made(kind).float()
+    write_source_prior(source, record(kind), tmp_path / "prior.safetensors")
+    again = read_source_prior(tmp_path / "prior.safetensors")
+    w = unknowns(source).float()
+    assert torch.equal(again(w), source(w))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_lenses_are_fitted_with_it(kind: str) -> None:
+    """The gradient of the log density by reverse mode is that of the residuals' Jacobian."""
+    batch = lens_batch()
+    model = LensModel(batch, PriorMap(Config().priors.expressions()), made(kind), Optics())
+    w = 0.3 * torch.randn(3, model.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    residuals, jacobian = model.linearise(w)
+    _, gradient = model.value_and_gradient(w)
+    expected = -(jacobian.transpose(1, 2) @ residuals[..., None])[..., 0] - w
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6 / NOISE**2)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.safetensors: no such source prior; run the stage source"):
+        read_source_prior(tmp_path / "absent.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(InputError, match=r"cut\.safetensors: not a source prior"):
+        read_source_prior(tmp_path / "cut.safetensors")
+    wrong = record("gaussian") | {"facts": {"network": {"latents": 7, "channels": 2, "components": 0}}}
+    write_source_prior(made("gaussian"), wrong, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"other\.safetensors: not a source prior"):
+        read_source_prior(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"kind": "sersic", "n_sersic": "Normal(1, 1)"}, "n_sersic"),
+        ({"kind": "spiral"}, "spiral"),
+        ({"kind": "sersic", "latent_density": "flow"}, "latent_density: unknown key"),
+        ({"residual": {"kind": "stationary", "components": None}}, "needs a number of components"),
+    ],
+)
+def test_bad_settings_are_named(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config({"source": source})
+
+
+def test_hermite_functions_are_orthogonal() -> None:
+    """With the norm sqrt(pi) of Refregier's functions times pi^(1/4)."""
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    waves = hermite_functions(x[None], 8)[0]
+    products = waves @ waves.T * (x[1] - x[0])
+    torch.testing.assert_close(products, np.pi**0.5 * torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_a_fit_of_a_linear_source_is_ridge_regression() -> None:
+    source = made("pixel_grid")
+    noise = 0.05
+    truth = unknowns(source)
+    images = source(truth) + noise * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(4)).double()
+    fitted = reconstruct(source, images, noise, torch.zeros_like(truth), steps=8)
+    basis = source.basis.flatten(1) / noise
+    offset = ((images - source.envelope) / noise).flatten(1)
+    exact = torch.linalg.solve(basis @ basis.T + torch.eye(9, dtype=torch.float64), basis @ offset.T).T
+    torch.testing.assert_close(fitted, exact, rtol=1e-4, atol=1e-4)
+    assert (misfit(source, images, noise, fitted) - 1).abs().max() < 5 * (2 / 64**2) ** 0.5
+
+
+def test_a_fit_never_ends_higher_than_it_began() -> None:
+    source = made("shapelets")
+    images = source(2 * unknowns(source))
+    for start in (torch.zeros(3, source.size).double(), 3 * unknowns(source).flip(0)):
+        before, after = (
+            misfit(source, images, 0.02, w) * 64**2 + w.square().sum(1)
+            for w in (start, reconstruct(source, images, 0.02, start))
+        )
+        assert (after <= before).all()
+        assert after.sum() < 0.1 * before.sum()
+
+
+def test_without_its_residual_field_a_source_is_its_decoder() -> None:
+    source = made("residual")
+    assert isinstance(source, learned.LearnedSource)
+    w = unknowns(source)
+    alone = source.without_residual()
+    assert alone.size == LATENTS
+    torch.testing.assert_close(alone(w[:, :LATENTS]), source.decoded(w))
+    field = torch.einsum("nk,kyx->nyx", w[:, LATENTS:], source.basis)
+    torch.testing.assert_close(source(w) - source.decoded(w), field)
+    assert isinstance(source.decoder, Decoder)
+    assert isinstance(parsed("residual"), LearnedSource)
