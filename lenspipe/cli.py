@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -161,6 +162,26 @@ def report(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS)
         paths = Results(results)
         write_report(load_config(config).report, paths)
     console.print(f"report: {paths.report.resolve()}")
+
+
+@app.command("fetch-galaxies")
+def fetch_galaxies(
+    to: Annotated[Path, typer.Option(help="folder that gets the sample, in a folder of its own")],
+    sample: Annotated[str, typer.Option(help="COSMOS sample by its faintest magnitude, 23.5 or 25.2")] = "23.5",
+    record: Annotated[
+        str | None,
+        typer.Option(help="address of the record in Zenodo's REST API; DOI 10.5281/zenodo.3242143's if none"),
+    ] = None,
+    keep_archive: Annotated[bool, typer.Option("--keep-archive", help="keep the packed sample too")] = False,
+) -> None:
+    """Download a COSMOS sample of GREAT3 and GalSim (4 GB); what has broken goes on where it broke."""
+    from lenspipe.galaxies.fetch import RECORD, fetch_sample
+
+    with plain_errors():
+        catalogue = fetch_sample(sample, to, record or RECORD, keep_archive).resolve()
+    console.print(f"galaxies: {escape(str(catalogue.parent))}; an entry of galaxies.inputs:")
+    entry = {"layout": "real_galaxy_catalog", "catalogue": str(catalogue), "sample": sample}
+    typer.echo(yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000), nl=False)
 
 
 @app.command()
