@@ -50,14 +50,18 @@ def survey(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS)
 
 
 @app.command()
-def galaxies(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+def galaxies(
+    config: Settings = DEFAULT_CONFIG,
+    results: Folder = DEFAULT_RESULTS,
+    workers: Annotated[int, typer.Option(min=1, help="processes that read image files side by side")] = 1,
+) -> None:
     """Read the galaxies, apply the cuts, split them."""
     from lenspipe.galaxies.ingest import ingest
 
     with plain_errors():
         settings = load_config(config)
         paths = Results(results)
-        ingest(settings.galaxies, paths.survey, paths.galaxies, settings.seed)
+        ingest(settings.galaxies, paths.survey, paths.galaxies, settings.seed, workers)
 
 
 @app.command()

@@ -145,11 +145,29 @@ class Galaxies(Section):
     inputs: tuple[GalaxyInput, ...] = Field((SurveyInput(),), min_length=1, description="where the galaxies come from")
     stamp_size: Literal[64] = Field(64, description="side of the images the source model learns [px]")
     min_stamp_size: Count = Field(64, description="stamps with a side below this are cut [px]")
+    side_per_half_light_radius: Positive = Field(
+        7.0, description="side of the square cut from a stamp archive [half-light radii]; median of COSMOS stamps: 7.1"
+    )
+    sersic_index_min: Positive = Field(0.1, description="least Sersic index; COSMOS fits were sought in [0.1, 6.2]")
+    sersic_index_max: Positive = Field(6.2, description="greatest Sersic index")
     signal_to_noise_min: float = Field(15, ge=0, description="least max(I downscaled) / sigma_noise")
     signal_to_noise_max: float = Field(50, gt=0, description="greatest max(I downscaled) / sigma_noise")
     signal_to_noise_downscale: int = Field(
         4, ge=1, le=64, description="factor by which the image is downscaled for that ratio"
     )
+    neighbours: Literal["keep", "mask", "reject"] = Field(
+        "keep", description="other objects on a stamp: keep them, replace them by noise, or cut the galaxy"
+    )
+    neighbour_noise: Positive = Field(
+        1.5, description="least 5x5 mean of the pixels of an object, where the noise is known [pixel noise]"
+    )
+    neighbour_peak: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="the same where the noise is not known [greatest 5x5 mean]"
+    )
+    neighbour_flux_ratio: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="least flux of an object that counts as a neighbour [flux of the galaxy]"
+    )
+    neighbour_margin: int = Field(3, ge=0, description="width of the rim that is replaced with a neighbour [px]")
     edge_feather: int = Field(
         4, ge=0, le=16, description="width of the taper at the edge of the 64x64 image [px]; 0: none"
     )
@@ -162,6 +180,11 @@ class Galaxies(Section):
             raise ValueError(
                 f"signal_to_noise_min ({self.signal_to_noise_min:g}) must be below "
                 f"signal_to_noise_max ({self.signal_to_noise_max:g})"
+            )
+        if not self.sersic_index_min < self.sersic_index_max:
+            raise ValueError(
+                f"sersic_index_min ({self.sersic_index_min:g}) must be below "
+                f"sersic_index_max ({self.sersic_index_max:g})"
             )
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1, or no galaxy is left to train on")

@@ -1,1 +1,2 @@
-"""Unlensed galaxies: catalogue (readers) -> selection (cuts) -> stamps (64x64 images) -> ingest (galaxies.zarr)."""
+"""Unlensed galaxies: catalogue and archive (readers) -> neighbours, selection (cuts) -> stamps (64x64 images) -> parts
+(one an image file) -> ingest (galaxies.zarr)."""

@@ -10,7 +10,7 @@ from lenspipe.errors import InputError
 
 
 def open_galaxies(path: Path, split: str) -> xr.Dataset:
-    """The galaxies of one split, lazily: `image` [galaxy, y, x] of peak 1, `noise_sd`, `pixel_scale`, `name`, `input`.
+    """The galaxies of one split, lazily; the variables are those that `ingest` writes.
 
     Raises InputError where the file is missing or the split holds no galaxy.
     """

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenspipe.errors import InputError
-from lenspipe.galaxies.catalogue import Table, read_table, require
+from lenspipe.galaxies.fits_files import Table, read_table, require
 
 Level = Literal["none", "bad_stamp", "bad_fits", "marginal"]
 Sample = Literal["23.5", "25.2"]

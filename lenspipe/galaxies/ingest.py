@@ -1,11 +1,15 @@
-"""Stage `galaxies`: from every input's catalogue, through the cuts, to galaxies.zarr and cuts.csv."""
+"""Stage `galaxies`: from every input's image files, through the cuts, to galaxies.zarr and cuts.csv.
+
+The image files are read and cut one by one, each into a part file; the parts are then strung together. Memory is that
+of one image file's kept galaxies a worker, whatever the size of the catalogue.
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,50 +17,48 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from numpy.typing import NDArray
 from rich.progress import track
 
 from lenspipe.artefact import KEY, provenance, written_whole
 from lenspipe.config import Galaxies, GalaxyInput, RealGalaxyCatalogInput, SurveyInput, expand_path
 from lenspipe.errors import InputError
-from lenspipe.galaxies.catalogue import GalaxyStamp, read_real_galaxy_catalog, read_stamp_archive
+from lenspipe.galaxies.archive import StampArchive
+from lenspipe.galaxies.catalogue import image_files
 from lenspipe.galaxies.exclusion import excluded_rows
+from lenspipe.galaxies.parts import Images, Unit, cut, make_parts, read_part, remove_others, unit_of
 from lenspipe.galaxies.selection import Tally
-from lenspipe.galaxies.stamps import downscale, feather, noise_factor, normalised, square_stamp
 from lenspipe.survey import CATALOGUE
 
-BLOCK = 256  # galaxies in memory at a time, and in one chunk of galaxies.zarr
+BLOCK = 256  # galaxies in one chunk of galaxies.zarr
 SPLITS = ("train", "validation", "test")
+COLUMNS = {"noise_sd": float, "pixel_scale": float, "psf_fwhm": float, "name": object, "input": object, "split": object}
+Entry = dict[str, Any]  # of one galaxy: `image` and COLUMNS
 
 
-@dataclass(frozen=True)
-class Galaxy:
-    """One galaxy as the source model sees it."""
+def ingest(settings: Galaxies, survey: Path | None, out: Path, seed: int, workers: int = 1) -> None:
+    """Write `out` (galaxies.zarr) and, beside it, cuts.csv; the same for any number of `workers` (processes).
 
-    name: str
-    input: str
-    split: str
-    image: NDArray[np.float64]  # [64, 64], peak 1
-    noise_sd: float  # pixel noise [peak flux]; 0: not known
-    pixel_scale: float  # ["]
-
-
-def ingest(settings: Galaxies, survey: Path | None, out: Path, seed: int) -> None:
-    """Write `out` (galaxies.zarr) and, beside it, cuts.csv.
-
-    galaxies.zarr has `image` float32 [galaxy, y, x] of peak 1, `noise_sd` [peak flux], `pixel_scale` ["], `name`,
-    `input` and `split` (train, validation or test). `survey` is the folder of the synthetic survey.
+    galaxies.zarr has `image` float32 [galaxy, y, x] of peak 1, `noise_sd` [peak flux], `pixel_scale` ["], `psf_fwhm` of
+    the stamp as it was read ["] (NaN: not known), `name`, `input` and `split` (train, validation or test). `survey` is
+    the folder of the synthetic survey. The parts lie in `<out>.parts` until all is written: a killed or failed run that
+    is started again goes on from those that still hold.
     Raises InputError for inputs that are missing or broken, and where no galaxy, or none of a split, is left.
     """
     paths = [input_path(source, survey) for source in settings.inputs]
     labels = unique([input_label(source, path) for source, path in zip(settings.inputs, paths, strict=True)])
+    folder = out.with_name(f"{out.name}.parts")
+    units = [
+        [unit_of(images, settings, seed, folder) for images in image_sets(source, path)]
+        for source, path in zip(settings.inputs, paths, strict=True)
+    ]
+    make_all_parts([unit for of_input in units for unit in of_input], folder, workers)
     tallies = [Tally(label) for label in labels]
     splits = dict.fromkeys(SPLITS, 0)
     with written_whole(out) as store, written_whole(out.with_name("cuts.csv")) as table:
-        galaxies = kept_galaxies(settings, paths, tallies, seed)
+        galaxies = kept_galaxies(settings, units, tallies, seed)
         while block := list(islice(galaxies, BLOCK)):
             for galaxy in block:
-                splits[galaxy.split] += 1
+                splits[galaxy["split"]] += 1
             _append(store, block)
         check_selection(settings, tallies, splits)
         cuts = [row for tally in tallies for row in tally.rows()]
@@ -64,24 +66,27 @@ def ingest(settings: Galaxies, survey: Path | None, out: Path, seed: int) -> Non
         zarr.open_group(store, mode="r+").attrs[KEY] = record
         with table.open("w", newline="") as stream:
             csv.writer(stream).writerows([("input", "cut", "removed", "left"), *cuts])
+    shutil.rmtree(folder)
 
 
-def kept_galaxies(settings: Galaxies, paths: list[Path], tallies: list[Tally], seed: int) -> Iterator[Galaxy]:
-    """Every galaxy that passes the cuts, input after input; the tallies are filled on the way."""
-    for source, path, tally in zip(settings.inputs, paths, tallies, strict=True):
-        for stamp in track(read_input(source, path), description=tally.origin):
-            if tally.keeps(stamp, settings):
-                split = random_split(settings, seed, stamp.name) if source.split == "random" else source.split
-                yield learnable(settings, stamp, tally.origin, split)
+def make_all_parts(units: list[Unit], folder: Path, workers: int) -> None:
+    """Make the parts in `folder` those of the units, each once, with a bar of the image files done."""
+    remove_others(units, folder)
+    different = list({unit.path: unit for unit in units}.values())
+    for _ in track(make_parts(different, workers), description="galaxies: image files", total=len(different)):
+        pass
 
 
-def learnable(settings: Galaxies, stamp: GalaxyStamp, origin: str, split: str) -> Galaxy:
-    """The square image of peak 1, with the noise and pixel scale that it has then."""
-    square = square_stamp(stamp.image, settings.min_stamp_size, stamp.zero_outside)
-    side = settings.stamp_size
-    image, peak = normalised(feather(downscale(square, side), settings.edge_feather))
-    noise_sd = stamp.noise_sd * noise_factor(len(square), side) / peak
-    return Galaxy(stamp.name, origin, split, image, noise_sd, stamp.pixel_scale * len(square) / side)
+def kept_galaxies(settings: Galaxies, units: list[list[Unit]], tallies: list[Tally], seed: int) -> Iterator[Entry]:
+    """Every galaxy of the parts, input after input; the tallies are filled on the way."""
+    for source, of_input, tally in zip(settings.inputs, units, tallies, strict=True):
+        for unit in of_input:
+            part = read_part(unit.path) or cut(unit.images, settings, seed)
+            tally.add(int(part.read), part.removed)
+            for i, name in enumerate(part.name.tolist()):
+                split = random_split(settings, seed, name) if source.split == "random" else source.split
+                values = {key: getattr(part, key)[i] for key in ("image", "noise_sd", "pixel_scale", "psf_fwhm")}
+                yield {**values, "name": name, "input": tally.origin, "split": split}
 
 
 def random_split(settings: Galaxies, seed: int, name: str) -> str:
@@ -117,17 +122,17 @@ def unique(labels: list[str]) -> list[str]:
     ]
 
 
-def read_input(source: GalaxyInput, path: Path) -> Iterator[GalaxyStamp]:
-    """The galaxies of an input, with the reader of its layout."""
+def image_sets(source: GalaxyInput, path: Path) -> list[Images]:
+    """What an input is read from, one after the other: the image files of a catalogue, or the one archive."""
     if isinstance(source, SurveyInput):
-        return read_real_galaxy_catalog(path)
+        return [*image_files(path)]
     if isinstance(source, RealGalaxyCatalogInput):
         fits, selection = (expand_path(name) if name else None for name in (source.fits, source.selection))
         excluded = None
         if source.exclusion != "none":
             excluded = excluded_rows(path, source.exclusion, source.sample, fits, selection)
-        return read_real_galaxy_catalog(path, fits, excluded)
-    return read_stamp_archive(path, source.key, source.pixel_scale, source.noise_sd, source.exclude)
+        return [*image_files(path, fits, excluded)]
+    return [StampArchive(path, source.key, source.pixel_scale, source.noise_sd, source.exclude)]
 
 
 def check_selection(settings: Galaxies, tallies: list[Tally], splits: dict[str, int]) -> None:
@@ -144,19 +149,10 @@ def check_selection(settings: Galaxies, tallies: list[Tally], splits: dict[str, 
         )
 
 
-def _append(store: Path, block: list[Galaxy]) -> None:
+def _append(store: Path, block: list[Entry]) -> None:
     """Write a block of galaxies, or append it where there are some already."""
-    columns: dict[str, tuple[str, NDArray[Any]]] = {
-        name: ("galaxy", np.array([getattr(galaxy, name) for galaxy in block], dtype=dtype))
-        for name, dtype in (
-            ("noise_sd", float),
-            ("pixel_scale", float),
-            ("name", object),
-            ("input", object),
-            ("split", object),
-        )
-    }
-    images = np.array([galaxy.image for galaxy in block], dtype=np.float32)
+    columns = {name: ("galaxy", np.array([one[name] for one in block], dtype)) for name, dtype in COLUMNS.items()}
+    images = np.array([galaxy["image"] for galaxy in block], dtype=np.float32)
     data = xr.Dataset({"image": (("galaxy", "y", "x"), images), **columns})
     if store.exists():
         data.to_zarr(store, zarr_format=3, consolidated=False, append_dim="galaxy")

@@ -1,4 +1,4 @@
-"""The cuts of Chianese et al. 2019, section 2.2, by name; a galaxy passes through them in this order.
+"""The cuts of Chianese et al. 2019, section 2.2, and of our own, by name; a galaxy passes through them in this order.
 
 Each cut is a function of (stamp, settings) that is true where the galaxy is removed, and sees only galaxies that all
 cuts before it kept.
@@ -6,7 +6,7 @@ cuts before it kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from lenspipe.config import Galaxies
 from lenspipe.galaxies.catalogue import GalaxyStamp
+from lenspipe.galaxies.neighbours import neighbours
 from lenspipe.galaxies.stamps import downscale, smoothed, square_stamp
-
-SERSIC_INDEX = (0.1, 6.2)  # the range within which the COSMOS fits were sought
 
 
 def excluded_by_hand(stamp: GalaxyStamp, settings: Galaxies) -> bool:
@@ -35,11 +34,12 @@ def sersic_fit_failed(stamp: GalaxyStamp, settings: Galaxies) -> bool:
 
 
 def sersic_unphysical(stamp: GalaxyStamp, settings: Galaxies) -> bool:
-    """Half-light radius not positive, index outside [0.1, 6.2], or axis ratio outside (0, 1]; NaN is unphysical too."""
+    """Half-light radius not positive, index outside the range of the settings, or axis ratio outside (0, 1]; NaN is
+    unphysical too."""
     fit = stamp.sersic
     if fit is None:
         return False
-    return not (fit.hlr > 0 and SERSIC_INDEX[0] <= fit.n <= SERSIC_INDEX[1] and 0 < fit.q <= 1)
+    return not (fit.hlr > 0 and settings.sersic_index_min <= fit.n <= settings.sersic_index_max and 0 < fit.q <= 1)
 
 
 def stamp_too_small(stamp: GalaxyStamp, settings: Galaxies) -> bool:
@@ -53,10 +53,16 @@ def bad_pixels(stamp: GalaxyStamp, settings: Galaxies) -> bool:
     return not (lit and float(square_image(stamp, settings).max()) > 0)
 
 
+def square(stamp: GalaxyStamp, settings: Galaxies) -> NDArray[np.float64]:
+    """The square about the galaxy's light: as great as fits or, where the stamp is zero outside the galaxy, as great as
+    the stamps of catalogues are."""
+    side_per_radius = settings.side_per_half_light_radius if stamp.zero_outside else None
+    return square_stamp(stamp.image, settings.min_stamp_size, side_per_radius)
+
+
 def square_image(stamp: GalaxyStamp, settings: Galaxies) -> NDArray[np.float64]:
     """The square about the galaxy's light, averaged down to 64x64; units of the stamp."""
-    square = square_stamp(stamp.image, settings.min_stamp_size, stamp.zero_outside)
-    return downscale(square, settings.stamp_size)
+    return downscale(square(stamp, settings), settings.stamp_size)
 
 
 def signal_to_noise(stamp: GalaxyStamp, settings: Galaxies) -> float:
@@ -80,6 +86,11 @@ def signal_to_noise_high(stamp: GalaxyStamp, settings: Galaxies) -> bool:
     return stamp.noise_sd > 0 and signal_to_noise(stamp, settings) > settings.signal_to_noise_max
 
 
+def has_neighbour(stamp: GalaxyStamp, settings: Galaxies) -> bool:
+    """Another object is on the stamp. Never, unless the settings reject neighbours."""
+    return settings.neighbours == "reject" and bool(neighbours(stamp, settings).any())
+
+
 Cut = Callable[[GalaxyStamp, Galaxies], bool]
 CUTS: tuple[Cut, ...] = (
     excluded_by_hand,
@@ -90,6 +101,7 @@ CUTS: tuple[Cut, ...] = (
     bad_pixels,
     signal_to_noise_low,
     signal_to_noise_high,
+    has_neighbour,
 )
 
 
@@ -109,6 +121,12 @@ class Tally:
                 self.removed[cut.__name__] += 1
                 return False
         return True
+
+    def add(self, read: int, removed: Iterable[int]) -> None:
+        """Count galaxies that passed through the cuts elsewhere; `removed` by each cut, in order."""
+        self.read += read
+        for cut, number in zip(CUTS, removed, strict=True):
+            self.removed[cut.__name__] += int(number)
 
     def rows(self) -> list[tuple[str, str, int, int]]:
         """(input, cut, removed, left) for `read` and then each cut in order."""

@@ -10,10 +10,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_fill_holes, center_of_mass, distance_transform_edt, uniform_filter
+from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
-
-SIDE_PER_HALF_LIGHT_RADIUS = 7.0  # median of COSMOS stamps: 7.1
 
 
 def smoothed(image: Array) -> Array:
@@ -37,36 +36,40 @@ def half_light_radius(image: Array, centre: tuple[float, float]) -> float:
     return float(radius[order][np.searchsorted(light, light[-1] / 2)])
 
 
-def square_stamp(image: Array, side_min: int, zero_outside: bool) -> Array:
-    """The square about the light: the greatest that fits or, where the image is `zero_outside` the galaxy, one of
-    7 half-light radii (as COSMOS stamps are) and at least `side_min` pixels. It never reaches outside the image."""
+def square_stamp(image: Array, side_min: int, side_per_radius: float | None = None) -> Array:
+    """The square about the light: the greatest that fits or, where `side_per_radius` is given, one of so many
+    half-light radii and at least `side_min` pixels. It never reaches outside the image."""
     centre, side = light_centre(image), min(image.shape)
-    if zero_outside:
-        wanted = SIDE_PER_HALF_LIGHT_RADIUS * half_light_radius(image, centre)
+    if side_per_radius is not None:
+        wanted = side_per_radius * half_light_radius(image, centre)
         side = int(np.clip(np.ceil(wanted), min(side_min, side), side))
     y, x = (int(np.clip(round(c - (side - 1) / 2), 0, n - side)) for c, n in zip(centre, image.shape, strict=True))
     return image[y : y + side, x : x + side]
 
 
 @lru_cache(maxsize=512)
-def averaging_matrix(pixels: int, means: int) -> Array:
-    """Weights [means, pixels] that average `pixels` in a row over `means` equal intervals, cut ones by their share."""
+def averaging_matrix(pixels: int, means: int) -> csr_array:
+    """Weights [means, pixels] that average `pixels` in a row over `means` equal intervals, cut ones by their share.
+
+    Sparse: a dense product would go through BLAS, whose threads hold up several workers and whose order of summation
+    hangs on their number.
+    """
     edges = np.arange(means + 1) * pixels / means
     left, right = edges[:-1, None], edges[1:, None]
     start = np.arange(pixels)
     overlap = np.clip(np.minimum(right, start + 1) - np.maximum(left, start), 0, None)
-    return np.asarray(overlap * means / pixels)
+    return csr_array(overlap * means / pixels)
 
 
 def downscale(image: Array, side: int) -> Array:
     """Area means of a square image on [side, side]; any ratio of sizes."""
     rows = averaging_matrix(image.shape[0], side)
-    return np.asarray(rows @ image @ rows.T)
+    return np.asarray((rows @ (rows @ image).T).T)
 
 
 def noise_factor(pixels: int, side: int) -> float:
     """What `downscale` from `pixels` to `side` makes of the standard deviation of white noise (mean over pixels)."""
-    return float(np.sqrt((averaging_matrix(pixels, side) ** 2).sum(axis=1)).mean() ** 2)
+    return float(np.sqrt(averaging_matrix(pixels, side).power(2).sum(axis=1)).mean() ** 2)
 
 
 def feather(image: Array, width: int) -> Array:

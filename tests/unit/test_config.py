@@ -78,6 +78,10 @@ def test_settings_survive_json() -> None:
             {"galaxies": {"signal_to_noise_min": 60}},
             r"signal_to_noise_min \(60\) must be below signal_to_noise_max \(50\)",
         ),
+        (
+            {"galaxies": {"sersic_index_max": 0.1}},
+            r"sersic_index_min \(0.1\) must be below sersic_index_max \(0.1\)",
+        ),
         ({"survey": {"magnitude_bright": 25}}, "magnitude_bright .* must be below magnitude_faint"),
         ({"deflection_table": {"gamma_min": 2.5, "gamma_max": 2.0}}, "gamma_min .* must be below gamma_max"),
         ({"priors": {"gamma": "Normal(2, 0.5)"}}, r"gamma = Normal\(2, 0.5\) reaches outside \[1, 3\]; truncate it"),

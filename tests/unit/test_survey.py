@@ -10,7 +10,7 @@ import pytest
 from astropy.io import fits
 
 from lenspipe.config import Galaxies, Survey
-from lenspipe.galaxies.catalogue import read_real_galaxy_catalog
+from lenspipe.galaxies.catalogue import image_files
 from lenspipe.galaxies.selection import Tally
 from lenspipe.survey import (
     CATALOGUE,
@@ -161,7 +161,7 @@ def test_cuts_keep_most_galaxies_and_each_has_something_to_remove(tmp_path: Path
     """300 galaxies; the share kept of many is 0.59, four standard deviations of it here are 0.11."""
     write_survey(Survey(galaxies=300), tmp_path / "survey", seed=11)
     tally = Tally("survey")
-    for stamp in read_real_galaxy_catalog(tmp_path / "survey" / CATALOGUE):
+    for stamp in (one for file in image_files(tmp_path / "survey" / CATALOGUE) for one in file.stamps()):
         tally.keeps(stamp, Galaxies())
     assert tally.read == 300
     assert tally.rows()[-1][3] / 300 == pytest.approx(0.59, abs=0.11)

@@ -13,10 +13,11 @@ rule galaxies:
         "results/benchmarks/galaxies.tsv"
     conda:
         environment
+    threads: 8
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, threads: 400 + 200 * threads,
         runtime=120,
     params:
         settings=sections("galaxies"),
     shell:
-        "python -m lenspipe galaxies --config {params.settings:q} > {log} 2>&1"
+        "python -m lenspipe galaxies --workers {threads} --config {params.settings:q} > {log} 2>&1"

@@ -1,0 +1,80 @@
+"""Tables and images in FITS files, with errors that say which file is broken and how."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.io import fits
+from numpy.typing import NDArray
+
+from lenspipe.errors import InputError
+
+Table = dict[str, NDArray[Any]]
+
+
+def read_table(path: Path) -> Table:
+    """The columns of the first table of a FITS file, by name. Raises InputError where it is missing or broken."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such catalogue; expected a FITS table, so correct the path or fetch the file")
+    with opened(path) as hdus:
+        tables = [number for number, hdu in enumerate(hdus) if isinstance(hdu, fits.BinTableHDU)]
+        if not tables:
+            raise InputError(f"{path}: expected a catalogue table, found {len(hdus)} HDU(s) and none a table")
+        _check_complete(hdus, tables[0], path)
+        data = hdus[tables[0]].data
+        return {name: np.array(data[name]) for name in data.names}
+
+
+def require(table: Table, columns: tuple[str, ...], path: Path) -> None:
+    """Raise InputError naming the columns that a table lacks."""
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(
+            f"{path}: column(s) {', '.join(missing)} missing; found {', '.join(table)}; "
+            "give a table in the RealGalaxyCatalog layout"
+        )
+
+
+def read_pixels(hdus: fits.HDUList, column: str, number: int, path: Path, origin: str) -> NDArray[np.float64]:
+    """The image [y, x] in HDU `number` of a file, which `column` of the row `origin` names.
+
+    A copy, so that the file's memory map can be let go. Raises InputError where the HDU is not there, holds no image or
+    is cut short.
+    """
+    try:
+        hdu = hdus[number]
+    except IndexError:
+        raise InputError(
+            f"{path}: {origin} has {column} {number}, but the file has {len(hdus)} HDUs (0 to {len(hdus) - 1}); "
+            "the file is cut short or belongs to another catalogue"
+        ) from None
+    _check_complete(hdus, number, path)
+    image = hdu.data
+    if image is None or not isinstance(hdu, fits.ImageHDU | fits.PrimaryHDU) or image.ndim != 2:
+        raise InputError(f"{path}: {origin} has {column} {number}, which holds no image [y, x]; correct the catalogue")
+    pixels = image.astype(np.float64)
+    del image, hdu.data
+    return np.asarray(pixels)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[fits.HDUList]:
+    """A FITS file, memory-mapped; astropy's warning of a cut file is left to the readers, which check its length."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*truncated.*|.*validating header.*")
+        try:
+            hdus = fits.open(path, memmap=True)
+        except OSError as error:
+            raise InputError(f"{path}: not a FITS file, or cut short ({error}); fetch it again") from None
+        with hdus:
+            yield hdus
+
+
+def _check_complete(hdus: fits.HDUList, number: int, path: Path) -> None:
+    found, end = path.stat().st_size, hdus[number].fileinfo()["datLoc"] + hdus[number].size
+    if end > found:
+        raise InputError(f"{path}: cut short: HDU {number} ends at byte {end}, the file at {found}; fetch it again")
