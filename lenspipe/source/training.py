@@ -114,8 +114,8 @@ class TrainingState:
 
     @property
     def judged(self) -> VAE:
-        """The moving average of the weights."""
-        return cast(VAE, self.average.module)
+        """The moving average of the weights, or these themselves where there is none."""
+        return cast(VAE, self.average.module) if self.settings.ema else self.vae
 
     def trained(self) -> VAE:
         """The weights of the best epoch, on the CPU."""
@@ -159,14 +159,15 @@ class TrainingState:
         total = images.new_zeros(())
         for batch in _minibatches(images, settings.batch_size):
             batch = augmented(batch) if settings.augment else batch
-            seen = batch + settings.noise * torch.randn_like(batch)
+            seen = batch + settings.noise * torch.randn_like(batch) if settings.noise else batch
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 loss = self.elbo.differentiable_loss(self.vae.model, self.vae.guide, batch, seen) / len(batch)
             self.optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.gradient_norm_max)
             self.optimiser.step()
-            self.average.update_parameters(self.vae)
+            if settings.ema:
+                self.average.update_parameters(self.vae)
             total -= loss.detach() * len(batch)
         if not math.isfinite(total.item()):
             raise TrainingError("the training loss is not finite; lower vae.learning_rate")
