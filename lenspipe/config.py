@@ -214,7 +214,7 @@ class Vae(Section):
     ema: Fraction = Field(
         0, description="what the moving average of the weights, which is kept, retains at each step; 0: none"
     )
-    gradient_norm_max: Positive = Field(1e4, description="a longer gradient is shortened to this")
+    gradient_norm_max: Positive | None = Field(1e4, description="a longer gradient is shortened to this; none: never")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the network's arithmetic in training; bfloat16 is for GPUs"
     )

@@ -130,6 +130,11 @@ def flow_latent(
     return latent.requires_grad_(False)
 
 
+def divergence(mean: Tensor, sd: Tensor) -> Tensor:
+    """Kullback-Leibler divergence [nat] of N(mean, sd) from N(0, 1)."""
+    return 0.5 * (mean.square() + sd.square() - 1) - sd.log()
+
+
 def draw(mean: Tensor, sd: Tensor) -> Tensor:
     """One draw from N(mean, sd)."""
     return mean + sd * torch.randn_like(sd)

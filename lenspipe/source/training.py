@@ -164,7 +164,8 @@ class TrainingState:
                 loss = self.elbo.differentiable_loss(self.vae.model, self.vae.guide, batch, seen) / len(batch)
             self.optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.gradient_norm_max)
+            if settings.gradient_norm_max is not None:
+                torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.gradient_norm_max)
             self.optimiser.step()
             if settings.ema:
                 self.average.update_parameters(self.vae)

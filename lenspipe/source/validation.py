@@ -26,7 +26,7 @@ from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.seeds import seed_for
 from lenspipe.source.base import Source, pixel_axis
-from lenspipe.source.latent import FlowLatent, GaussianLatent, draw, encoded, gaussian_latent
+from lenspipe.source.latent import FlowLatent, GaussianLatent, divergence, draw, encoded, gaussian_latent
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.prior import read_source_prior
 from lenspipe.source.reconstruction import misfit, reconstruct
@@ -169,9 +169,8 @@ def ring_power(images: Tensor) -> np.ndarray:
 
 def latent_use(encoder: VAE, galaxies: Path) -> pd.DataFrame:
     """Mean Kullback-Leibler divergence [nat] of e(z_i | x) from N(0, 1) over the test galaxies, for each latent."""
-    mean, sd = encoded(encoder, galaxy_images(galaxies, "test"))
-    divergence = 0.5 * (mean.square() + sd.square() - 1) - sd.log()
-    return pd.DataFrame({"latent": range(encoder.latents), "kl": divergence.mean(0).numpy()})
+    use = divergence(*encoded(encoder, galaxy_images(galaxies, "test"))).mean(0)
+    return pd.DataFrame({"latent": range(encoder.latents), "kl": use.numpy()})
 
 
 def densities(encoder: VAE, prior: LearnedSource, galaxies: Path) -> pd.DataFrame:
@@ -263,8 +262,8 @@ def turned_galaxies(
 
 
 def turn(images: Tensor, angle: float) -> Tensor:
-    """Images [galaxy, n, n] turned by `angle` [deg] about their centre, zero beyond their frame."""
-    pictures = rotate(images.numpy(), angle, axes=(2, 1), reshape=False, order=3)
+    """Images [galaxy, n, n] turned counter-clockwise by `angle` [deg] about their centre, zero beyond their frame."""
+    pictures = rotate(images.numpy(), -angle, axes=(1, 2), reshape=False, order=3)
     return torch.from_numpy(pictures).float()
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device)}
     print(json.dumps(environment | {"machine": platform.processor(), "images": len(images), "full": arguments.full}))
     for samples in arguments.samples:
-        settings = Vae(samples=samples, augment=False, **(FULL if arguments.full else {}))  # type: ignore[arg-type]
+        settings = Vae(samples=samples, augment=False, gradient_norm_max=None, **(FULL if arguments.full else {}))  # type: ignore[arg-type]
         state = TrainingState(settings, device)
         plain = VAE(settings.latents, settings.channels, settings.dense, settings.decoder_sd).to(device)
         adam = torch.optim.Adam(plain.parameters(), lr=settings.learning_rate, betas=settings.betas)

@@ -26,6 +26,7 @@ from lenspipe.errors import InputError, TrainingError
 from lenspipe.image.source_plane import light_centre
 from lenspipe.source import training
 from lenspipe.source.checkpoint import read_checkpoint, write_checkpoint
+from lenspipe.source.latent import divergence
 from lenspipe.source.stage import read_vae
 from lenspipe.source.training import Epoch, TrainingState, augmented, train
 from lenspipe.source.vae import LOG_SD, VAE, bounded
@@ -132,6 +133,13 @@ def test_elbo_agrees_with_quadrature(samples: int) -> None:
     error = np.std(values) / math.sqrt(len(values))
     assert abs(np.mean(values) - exact) < 4 * error
     assert error < 0.02
+
+
+@pytest.mark.parametrize("x", [-1.0, 0.0, 0.8, 3.0])
+def test_divergence_agrees_with_quadrature(x: float) -> None:
+    vae = StraightVAE(0.3)
+    formula = divergence(torch.tensor(vae.c * x), torch.tensor(vae.t))
+    assert float(formula) == pytest.approx(vae.exact(x)[1], abs=1e-6)
 
 
 def test_elbo_is_the_evidence_where_the_encoder_is_exact() -> None:
