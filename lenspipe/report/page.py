@@ -52,6 +52,7 @@ CUTS = {
     "bad_pixels": "bad pixels",
     "signal_to_noise_low": "S/N low",
     "signal_to_noise_high": "S/N high",
+    "has_neighbour": "neighbour",
 }
 HEADS = {
     "eti89_lb": "89 % from",

@@ -95,6 +95,13 @@ def test_jobs_of_a_dry_run(tmp_path: Path) -> None:
     assert jobs(done.stdout + done.stderr) == JOBS
 
 
+def test_a_source_that_is_not_learned_needs_no_training(tmp_path: Path) -> None:
+    config = tiny_with(tmp_path / "config.yaml", "source", kind="sersic")
+    done = snakemake(tmp_path, "--dry-run", config=config)
+    assert done.returncode == 0, done.stderr
+    assert jobs(done.stdout + done.stderr) == JOBS - Counter(["vae"])
+
+
 def test_whole_run(tiny_run: Path) -> None:
     lenses = pd.read_csv(tiny_run / "results/summary/lenses.csv")
     assert lenses["name"].tolist() == ["mock-0000-low", "mock-0000-high", "mock-0001-low", "mock-0001-high"]
