@@ -288,8 +288,8 @@ class ShapeletSource(SersicSource):
 
     kind: Literal["shapelets"]  # type: ignore[assignment]
     order: int = Field(8, ge=2, le=30, description="highest order; those below 2 are the profile's and its place")
-    sd: Positive = Field(0.3, description="standard deviation of a coefficient of order 2 [brightness of the centre]")
-    decline: float = Field(1.0, ge=0, description="power of 2 / order by which that of higher ones is smaller")
+    sd: Positive = Field(0.1, description="standard deviation of a coefficient of order 2 [brightness of the centre]")
+    decline: float = Field(2.0, ge=0, description="power of 2 / order by which that of higher ones is smaller")
 
 
 class PixelGridSource(Section):

@@ -75,7 +75,7 @@ def rotations(pictures: xr.Dataset) -> Figure:
 def curves(noise: pd.DataFrame, power: pd.DataFrame, latents: pd.DataFrame | None) -> Figure:
     """chi^2 per pixel against S/N, power against spatial frequency, and the use of each latent."""
     panels = 2 if latents is None else 3
-    figure = blank(3.4 * panels, 3)
+    figure = blank(10, 3)
     with rc_context(STYLE):
         axes = figure.subplots(1, panels)
         _signal_to_noise(axes[0], noise)
