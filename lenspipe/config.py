@@ -235,7 +235,7 @@ class ResidualField(Section):
         "principal_components",
         description="principal components, or plane waves with the residuals' power spectrum (for comparison)",
     )
-    components: int | None = Field(0, ge=0, le=1024, description="their number; none: set by explained_variance")
+    components: int | None = Field(64, ge=0, le=1024, description="their number; none: set by explained_variance")
     explained_variance: float = Field(
         0.9, gt=0, le=1, description="share of the residuals' variance that the principal components explain"
     )
@@ -252,7 +252,7 @@ class LearnedSource(Section):
 
     kind: Literal["vae"] = "vae"
     latent_density: Literal["gaussian", "flow"] = Field(
-        "gaussian", description="of the encoded galaxies: the paper's Gaussian, or a normalising flow"
+        "flow", description="of the encoded galaxies: the paper's Gaussian, or a normalising flow"
     )
     latent_covariance_scale: Positive = Field(
         9.0, description="factor on the covariance of the encoded means in the Gaussian (paper: 9)"

@@ -28,9 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "sersic": {"kind": "sersic"},
     "shapelets": {"kind": "shapelets", "order": 4},
     "pixel_grid": {"kind": "pixel_grid", "modes": 9},
-    "gaussian": {"kind": "vae"},
-    "flow": {"latent_density": "flow", "flow": {"transforms": 2, "hidden": 8}},
-    "residual": {"residual": {"components": 3}},
+    "gaussian": {"latent_density": "gaussian", "residual": {"components": 0}},
+    "flow": {"latent_density": "flow", "flow": {"transforms": 2, "hidden": 8}, "residual": {"components": 0}},
+    "residual": {"latent_density": "gaussian", "residual": {"components": 3}},
 }
 ANALYTIC = ("sersic", "shapelets", "pixel_grid")
 LATENTS = 4

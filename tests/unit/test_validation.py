@@ -59,7 +59,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     first = Results(tmp_path_factory.mktemp("learned"))
     galaxies(first.galaxies, {"train": 48, "validation": 16, "test": 8})
     write_vae(Vae(latents=3, channels=4, dense=16, epochs=3), first.galaxies, first.vae, seed=1)
-    learned = LearnedSource(residual=ResidualField(components=30))
+    learned = LearnedSource(latent_density="gaussian", residual=ResidualField(components=30))
     second = Results(tmp_path_factory.mktemp("pixels"))
     for paths, settings in ((first, learned), (second, GRID)):
         write_source(settings, first.vae, first.galaxies, paths.source_prior, seed=1)

@@ -68,7 +68,7 @@ EDITS = {
     "catalogue": {"lenses": [{"name": "a", "pixel_scale": 0.1, "image": "i", "noise": "n", "psf": "p"}]},
     "survey": {"galaxies": 91},
     "vae": {"epochs": 5},
-    "source": {"latent_covariance_scale": 4.0},
+    "source": {"latent_density": "gaussian"},
     "validation": {"rotations": 3},
     "fit": {"draws": 21},
     "summary": {"r_hat_max": 1.2},
