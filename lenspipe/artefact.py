@@ -28,7 +28,19 @@ from lenspipe.errors import InputError, LenspipeError
 KEY = "lenspipe"
 UMASK = os.umask(0o022)
 os.umask(UMASK)
-PACKAGES = ("lenspipe", "torch", "pyro-ppl", "numpy", "astropy", "zarr", "arviz", "snakemake")
+PACKAGES = (
+    "lenspipe",
+    "torch",
+    "pyro-ppl",
+    "numpy",
+    "astropy",
+    "zarr",
+    "arviz",
+    "snakemake",
+    "scipy",
+    "scikit-image",
+    "zuko",
+)
 
 
 def provenance(

@@ -203,7 +203,7 @@ class Vae(Section):
         0.02, description="sigma_d, noise of the decoding distribution [peak flux] (paper: 1/50), or learned"
     )
     samples: Count = Field(1, description="samples M of the latents per image in the ELBO (paper: 10)")
-    batch_size: Count = Field(32, description="images in a minibatch")
+    batch_size: int = Field(32, ge=2, description="images in a minibatch; batch normalisation needs two")
     learning_rate: Positive = Field(1e-3, lt=1, description="Adam's learning rate (paper: 1e-6)")
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's momentum parameters")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over the epochs")
@@ -235,7 +235,9 @@ class ResidualField(Section):
         "principal_components",
         description="principal components, or plane waves with the residuals' power spectrum (for comparison)",
     )
-    components: int | None = Field(64, ge=0, le=1024, description="their number; none: set by explained_variance")
+    components: int | None = Field(
+        64, ge=0, le=1024, description="their greatest number; none: as many as explain explained_variance"
+    )
     explained_variance: float = Field(
         0.9, gt=0, le=1, description="share of the residuals' variance that the principal components explain"
     )
@@ -280,6 +282,8 @@ class SersicSource(Section):
             value = getattr(self, name)
             if not (low <= value.support[0] and value.support[1] <= high):
                 raise ValueError(f"{name} = {value} reaches outside [{low:g}, {high:g}]; truncate it")
+        if all(prior.distribution == "Fixed" for prior in self.expressions().values()):
+            raise ValueError("all of R_sersic, n_sersic, e1 and e2 are fixed; leave one of them free")
         return self
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
 from lenspipe.errors import InputError
+
+
+def evenly(size: int, count: int) -> list[int]:
+    """At most `count` of `size` rows, spread evenly."""
+    return sorted({int(row) for row in np.linspace(0, size - 1, min(size, count))})
 
 
 def open_galaxies(path: Path, split: str) -> xr.Dataset:

@@ -7,12 +7,17 @@ from numpy.typing import NDArray
 from skimage.restoration import denoise_nl_means, estimate_sigma
 
 
+def noise_level(image: NDArray[np.float64], noise_sd: float) -> float:
+    """Pixel noise of an image: `noise_sd`, or where that is not known (0) an estimate from the image."""
+    return float(noise_sd or estimate_sigma(image))
+
+
 def denoised(image: NDArray[np.float64], noise_sd: float) -> NDArray[np.float64]:
     """A galaxy image [n, n] without its noise: non-local means (Buades et al. 2005), no negative light, peak 1.
 
     Where the noise is not known (0) it is estimated from the image; an image without any is left as it is.
     """
-    sigma = noise_sd or float(estimate_sigma(image))
+    sigma = noise_level(image, noise_sd)
     if sigma == 0:
         return np.clip(image, 0, None) / image.max()
     clean = denoise_nl_means(image, patch_size=5, patch_distance=7, h=0.8 * sigma, sigma=sigma, fast_mode=True)

@@ -27,7 +27,7 @@ from lenspipe import artefact
 from lenspipe.catalogue.stage import AS_WRITTEN, read_batch, read_catalogue
 from lenspipe.config import Report
 from lenspipe.errors import InputError
-from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.galaxies.dataset import evenly, open_galaxies
 from lenspipe.galaxies.ingest import SPLITS
 from lenspipe.image.source_plane import light_centre
 from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, parameter_names, posterior
@@ -88,7 +88,8 @@ def write_report(settings: Report, paths: Results) -> None:
         "drawn": list(lens_sections(lenses, settings.lenses, paths)),
         "run": run_section(paths),
     }
-    inputs = [paths.summary, paths.catalogue, paths.fit, paths.galaxies, paths.source_prior, paths.deflection_table]
+    inputs = [paths.summary, paths.catalogue, paths.fit, paths.galaxies, paths.source_prior, paths.validation]
+    inputs += [paths.deflection_table]
     record = artefact.provenance(
         "report", {"report": settings}, [path for path in inputs if path.exists()], lenses=len(lenses)
     )
@@ -164,12 +165,6 @@ def split_counts(galaxies: Path) -> dict[str, dict[str, int]]:
 def input_name(origin: str) -> str:
     """What an input is called on the page: the synthetic survey is never left unnamed."""
     return "embedded survey (synthetic)" if origin == SURVEY else origin
-
-
-@torch.no_grad()
-def evenly(size: int, count: int) -> list[int]:
-    """At most `count` of `size` rows, spread evenly."""
-    return sorted({int(row) for row in np.linspace(0, size - 1, min(size, count))})
 
 
 def deflection_section(table: Path) -> Table | None:

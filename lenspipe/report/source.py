@@ -11,6 +11,7 @@ import xarray as xr
 from lenspipe import artefact
 from lenspipe.config import Report
 from lenspipe.errors import InputError
+from lenspipe.galaxies.dataset import evenly
 from lenspipe.report import figures, source_figures
 from lenspipe.report.table import Table
 from lenspipe.results import Results
@@ -48,7 +49,7 @@ def validation_section(settings: Report, folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no tests of the source here; run the stage validation first")
     pictures = xr.open_zarr(folder / "pictures.zarr", consolidated=False).load()
     galaxies = pd.read_csv(folder / "galaxies.csv", dtype={"name": str, "input": str})
-    shown = evenly_shown(pictures, settings.reconstructions)
+    shown = pictures.isel(galaxy=evenly(pictures.sizes["galaxy"], settings.reconstructions))
     learned = "encoder" in pictures
     tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("signal_to_noise", "power")}
     latents = pd.read_csv(folder / "latents.csv") if learned else None
@@ -69,12 +70,6 @@ def validation_section(settings: Report, folder: Path) -> dict[str, Any]:
     }
 
 
-def evenly_shown(pictures: xr.Dataset, count: int) -> xr.Dataset:
-    """At most `count` of the galaxies, spread evenly."""
-    step = max(1, pictures.sizes["galaxy"] // count)
-    return pictures.isel(galaxy=slice(0, step * count, step))
-
-
 def noise_table(table: pd.DataFrame) -> Table:
     """chi^2 per pixel against the noise, of the decoder alone and of the whole source."""
     names = [name for name in ("decoder", "source") if name in table]
@@ -92,7 +87,7 @@ def densities_table(table: pd.DataFrame) -> Table:
         [row["density"], f"{row['log_density']:.1f}", f"{row['mismatch']:.3f}", f"{row['expected']:.3f}"]
         for row in table.to_dict("records")
     ]
-    return Table(["density of the latents", "mean log density [nat]", "mismatch", "of true draws"], rows)
+    return Table(["density of the latents", "mean log density [nat]", "mismatch", "of normal draws"], rows)
 
 
 def unusual_table(galaxies: pd.DataFrame) -> Table:

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from lenspipe.report.figures import INK, MAPS, RESIDUAL_SPAN, STYLE, TRUTH, blank
+from lenspipe.source.validation import SIGMA
 
-SIGMA = 0.02  # unit of the residuals [peak flux]
 COLOURS = {"decoder": TRUTH, "source": INK}
 NAMES = {"decoder": "decoder alone", "source": "source prior"}
 LABELS = {
@@ -25,7 +25,7 @@ LABELS = {
 
 
 def reconstructions(pictures: xr.Dataset) -> Figure:
-    """Test galaxies and what the source makes of them, each above what it leaves (paper, fig. 2)."""
+    """Test galaxies and what the source makes of them, each above what it leaves (as fig. 2 of the paper)."""
     rows: list[tuple[str, str | None]] = [("galaxy", None)]
     rows += [("encoder", "galaxy")] if "encoder" in pictures else []
     rows += [("clean", None)] + [(name, "clean") for name in ("decoder", "source") if name in pictures]
@@ -88,8 +88,9 @@ def curves(noise: pd.DataFrame, power: pd.DataFrame, latents: pd.DataFrame | Non
 
 
 def _signal_to_noise(axes: Axes, table: pd.DataFrame) -> None:
+    table = table.sort_values("noise_sd")
+    signal = 1 / table["noise_sd"]
     for name in [name for name in NAMES if name in table]:
-        signal = 1 / table["noise_sd"]
         axes.fill_between(signal, table[f"{name}_low"], table[f"{name}_high"], color=COLOURS[name], alpha=0.15, lw=0)
         axes.plot(signal, table[name], color=COLOURS[name], marker=".", label=NAMES[name])
     axes.axhline(1, color="0.5", lw=0.8, ls=":")

@@ -11,7 +11,7 @@ IMAGE_SIZE = 64
 
 
 class Source(nn.Module):
-    """Images [n, 64, 64] of w [n, size], w ~ N(0, I); smooth in w.
+    """Images [n, 64, 64] of w [n, size], w ~ N(0, I); continuous in w, with derivatives nearly everywhere.
 
     A kind of source is one file with a subclass of this; it is built from its section of the settings alone or, where
     it is learned, from tensors that the stage `source` puts into its file. `prior.py` lists them.

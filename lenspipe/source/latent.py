@@ -38,7 +38,7 @@ class GaussianLatent(nn.Module):
 
 
 class FlowLatent(nn.Module):
-    """z = mean + scale f(w), f a flow of affine coupling layers: smooth, and as quick one way as the other."""
+    """z = mean + scale f(w), f a flow of affine coupling layers, smooth in both directions."""
 
     def __init__(self, latents: int, transforms: int, hidden: int):
         super().__init__()
@@ -46,7 +46,12 @@ class FlowLatent(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)  # of the order in which layers couple the latents
             self.flow = zuko.flows.MAF(
-                latents, transforms=transforms, hidden_features=(hidden, hidden), passes=2, randperm=True
+                latents,
+                transforms=transforms,
+                hidden_features=(hidden, hidden),
+                passes=2,
+                randperm=True,
+                activation=nn.SiLU,
             )
 
     def forward(self, w: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ def gaussian_latent(means: Tensor, covariance_scale: float) -> GaussianLatent:
     values = means.double()
     centred = values - values.mean(0)
     covariance = centred.T @ centred / max(len(values) - 1, 1)
-    ridge = 1e-6 * torch.eye(len(covariance), dtype=torch.float64)
+    ridge = 1e-6 * covariance.diagonal().mean().clip(min=1e-6) * torch.eye(len(covariance), dtype=torch.float64)
     latent.mean.copy_(values.mean(0))
     latent.scale.copy_(torch.linalg.cholesky(covariance_scale * (covariance + ridge)))
     return latent

@@ -9,27 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST = 1024  # components
 ROUNDING = 1e-12  # eigenvalues below this share of the greatest are zero
 
 
 def principal_components(
-    residuals: Tensor, noise_variance: float, components: int | None, explained_variance: float
+    residuals: Tensor, noise_sd: Tensor, components: int | None, explained_variance: float, seed: int
 ) -> tuple[Tensor, float]:
-    """The leading principal components [k, n, n] of residuals [galaxy, n, n], and the variance share they explain.
+    """The leading principal components [k, n, n] of residuals [galaxy, n, n], and the share of variance they explain.
 
-    `components` fixes their number; None: as many as explain `explained_variance` of it. `noise_variance` is that of
-    white noise in the residuals: components that it hides are left out, and the variance of the others is freed of it
-    (the spiked covariance model; Donoho, Gavish & Johnstone 2018).
+    `components` bounds their number; None: as many as explain `explained_variance` of what is above the noise. Noise is
+    taken as white, of each galaxy's `noise_sd` [galaxy]. Components whose variance does not exceed the greatest one of
+    such noise alone, drawn with `seed`, are left out; that of the others is freed of it (spiked covariance model, noise
+    of the mean variance; Donoho, Gavish & Johnstone 2018).
     """
     n = residuals.shape[-1]
     values, images = modes(residuals)
-    freed = without_noise(values, noise_variance, n * n / (8 * len(residuals))).clip(min=0)
+    if (noise_sd > 0).any():
+        noise = torch.randn(residuals.shape, generator=torch.Generator().manual_seed(seed)) * noise_sd[:, None, None]
+        variance = float(noise_sd.double().square().mean())
+        freed = torch.where(values > modes(noise)[0][0], without_noise(values, variance, n * n / (8 * len(noise))), 0.0)
+    else:
+        freed = values.clip(min=0)
     total = freed.sum()
     if components is None:
         share = freed.cumsum(0) / total.clip(min=torch.finfo(total.dtype).tiny)
         components = int((share < explained_variance).sum()) + 1
-    count = min(components, MOST, int((freed > ROUNDING * freed.max()).sum()))
+    count = min(components, int((freed > ROUNDING * freed.max()).sum()))
     basis = freed[:count].sqrt()[:, None, None] * images[:count]
     return basis.float(), float(freed[:count].sum() / total) if count else 0.0
 
@@ -65,17 +70,12 @@ def parities(n: int) -> Tensor:
 
 
 def without_noise(values: Tensor, noise_variance: float, ratio: float) -> Tensor:
-    """Eigenvalues of a covariance from those of noisy samples, `ratio` = dimensions / samples; 0: hidden by noise."""
-    if noise_variance == 0:
-        return values
-    scaled = values / noise_variance
-    middle = scaled - 1 - ratio
-    seen = scaled > (1 + ratio**0.5) ** 2
-    spike = (middle + (middle.square() - 4 * ratio).clip(min=0).sqrt()) / 2
-    return torch.where(seen, noise_variance * spike, 0.0)
+    """Variances above the noise from eigenvalues of the covariance of noisy samples; ratio: dimensions / samples."""
+    middle = values / noise_variance - 1 - ratio
+    return noise_variance * (middle + (middle.square() - 4 * ratio).clip(min=0).sqrt()).clip(min=0) / 2
 
 
-def stationary_components(residuals: Tensor, noise_variance: float, components: int) -> tuple[Tensor, float]:
+def stationary_components(residuals: Tensor, noise_sd: Tensor, components: int) -> tuple[Tensor, float]:
     """Plane waves [k, n, n] with the mean isotropic power spectrum of residuals [galaxy, n, n], the strongest first.
 
     The variant for comparison: it knows how much power there is at each scale, not where. Returns also the share of
@@ -87,10 +87,12 @@ def stationary_components(residuals: Tensor, noise_variance: float, components: 
     k_y, k_x = torch.meshgrid(frequency, frequency, indexing="ij")
     ring = torch.hypot(k_x, k_y).round().long()
     mean = torch.bincount(ring.flatten(), power.flatten()) / torch.bincount(ring.flatten())
-    isotropic = (mean[ring] - noise_variance / n**2).clip(min=0)
+    isotropic = (mean[ring] - noise_sd.double().square().mean() / n**2).clip(min=0)
     strongest = isotropic.flatten().argsort(descending=True, stable=True)[:components]
+    strongest = strongest[isotropic.flatten()[strongest] > 0]
     axis = 2 * torch.pi * torch.arange(n, dtype=torch.float64) / n
     phase = k_x.flatten()[strongest, None, None] * axis + k_y.flatten()[strongest, None, None] * axis[:, None]
     # cos + sin (Hartley's cas): one real wave for each frequency, orthogonal to the others
     basis = isotropic.flatten()[strongest].sqrt()[:, None, None] * (phase.cos() + phase.sin())
-    return basis.float(), float(isotropic.flatten()[strongest].sum() / isotropic.sum())
+    share = float(isotropic.flatten()[strongest].sum() / isotropic.sum()) if len(strongest) else 0.0
+    return basis.float(), share

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import xarray as xr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from lenspipe.config import LearnedSource as LearnedSettings
 from lenspipe.config import SourceSettings, Vae
 from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.galaxies.denoise import noise_level
 from lenspipe.memory import keep_freed_memory
 from lenspipe.seeds import seed_for
 from lenspipe.source.base import Source
@@ -81,11 +83,17 @@ def read_vae(path: Path) -> tuple[VAE, dict[str, Any]]:
             record = json.loads(file.metadata()[artefact.KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         settings = record["settings"]["vae"]
-    except (SafetensorError, KeyError, TypeError) as error:
+        vae = VAE(settings["latents"], settings["channels"], settings["dense"], settings["decoder_sd"])
+        vae.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not an autoencoder ({error}); remove it and run the stage again") from None
-    vae = VAE(settings["latents"], settings["channels"], settings["dense"], settings["decoder_sd"])
-    vae.load_state_dict(tensors)
     return vae.requires_grad_(False).eval(), record
+
+
+def noise_of(galaxies: xr.Dataset) -> Tensor:
+    """Pixel noise [galaxy] of galaxies, estimated from the image where it is not known."""
+    pairs = zip(galaxies["image"].to_numpy().astype(float), galaxies["noise_sd"].to_numpy(), strict=True)
+    return torch.tensor([noise_level(image, sd) for image, sd in pairs], dtype=torch.float32)
 
 
 def galaxy_images(galaxies: Path, split: str) -> Tensor:
@@ -114,7 +122,7 @@ def learned_source(
     training = open_galaxies(galaxies, "train")
     images = galaxy_images(galaxies, "train")
     latent = fitted_latent(settings, vae, images, galaxies, seed)
-    basis, explained = residual_basis(settings, vae, images, float((training["noise_sd"] ** 2).mean()))
+    basis, explained = residual_basis(settings, vae, images, noise_of(training), seed_for(seed, "residual"))
     network = {"latents": vae.latents, "channels": record["settings"]["vae"]["channels"], "components": len(basis)}
     facts = {
         "network": network,
@@ -146,13 +154,15 @@ def fitted_latent(
 
 
 @torch.no_grad()
-def residual_basis(settings: LearnedSettings, vae: VAE, images: Tensor, noise_variance: float) -> tuple[Tensor, float]:
-    """The residual field's basis [component, 64, 64], and the share of the residuals' variance in it."""
+def residual_basis(
+    settings: LearnedSettings, vae: VAE, images: Tensor, noise_sd: Tensor, seed: int
+) -> tuple[Tensor, float]:
+    """The residual field's basis [component, 64, 64], and the share of the variance above the noise that is in it."""
     residual = settings.residual
     if residual.components == 0:
         return images.new_zeros(0, *images.shape[1:]), 0.0
     residuals = torch.cat([batch - vae.reconstruct(batch) for batch in images.split(256)])
     if residual.kind == "stationary":
         assert residual.components is not None
-        return stationary_components(residuals, noise_variance, residual.components)
-    return principal_components(residuals, noise_variance, residual.components, residual.explained_variance)
+        return stationary_components(residuals, noise_sd, residual.components)
+    return principal_components(residuals, noise_sd, residual.components, residual.explained_variance, seed)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lenspipe.artefact import versions
 from lenspipe.config import Vae
 from lenspipe.errors import TrainingError
 from lenspipe.seeds import seed_for
@@ -51,16 +52,18 @@ def train(
     """Train on images [galaxy, 64, 64] of peak 1; return the weights with the best validation ELBO, and the curve.
 
     `report` is called after every epoch. With `checkpoint`, a file of the same settings, images and seed is gone on
-    from, and one is left every minute; losses are those of a run that was never stopped, on the same device.
-    Raises TrainingError where the loss is no longer finite.
+    from, and one is left every minute; on processors, losses are those of a run that was never stopped.
+    Raises TrainingError where the loss is no longer finite, and for fewer than two images to train on.
     """
+    if len(train_images) < 2:
+        raise TrainingError(f"galaxies to train on: expected two at least, found {len(train_images)}; add galaxies")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_images, validation_images = train_images.to(device), validation_images.to(device)
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         state = TrainingState(settings, device)
-        images = hashlib.sha256(train_images.cpu().numpy().tobytes()).hexdigest()
-        key = {"settings": settings.model_dump(mode="json"), "seed": seed, "images": images}
+        images = [hashlib.sha256(i.cpu().numpy().tobytes()).hexdigest() for i in (train_images, validation_images)]
+        key = {"settings": settings.model_dump(mode="json"), "seed": seed, "images": images, "versions": versions()}
         if checkpoint is not None:
             state.load(checkpoint, key)
         for epoch in state.curve:
@@ -107,7 +110,7 @@ class TrainingState:
         rate = self.settings.learning_rate * decay(self.settings, epoch)
         self.optimiser.param_groups[0]["lr"] = rate
         train_elbo = self._train(train_images)
-        validation_elbo = validation(self.judged, validation_images, self.settings.batch_size)
+        validation_elbo = checked(validation(self.judged, validation_images, self.settings.batch_size))
         self.curve.append(Epoch(epoch, train_elbo, validation_elbo, rate, time.perf_counter() - began))
         if self.best_epoch == epoch:
             self.best = copy.deepcopy(self.judged.state_dict())
@@ -156,7 +159,7 @@ class TrainingState:
     def _train(self, images: Tensor) -> float:
         settings = self.settings
         self.vae.train()
-        total = images.new_zeros(())
+        total, seen_images = images.new_zeros(()), 0
         for batch in _minibatches(images, settings.batch_size):
             batch = augmented(batch) if settings.augment else batch
             seen = batch + settings.noise * torch.randn_like(batch) if settings.noise else batch
@@ -170,9 +173,15 @@ class TrainingState:
             if settings.ema:
                 self.average.update_parameters(self.vae)
             total -= loss.detach() * len(batch)
-        if not math.isfinite(total.item()):
-            raise TrainingError("the training loss is not finite; lower vae.learning_rate")
-        return total.item() / len(images)
+            seen_images += len(batch)
+        return checked(total.item()) / seen_images
+
+
+def checked(elbo: float) -> float:
+    """The ELBO itself. Raises TrainingError where it is not finite."""
+    if not math.isfinite(elbo):
+        raise TrainingError("the training loss is not finite; lower vae.learning_rate")
+    return elbo
 
 
 def _minibatches(images: Tensor, size: int) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-LOG_SD = (-8.0, 1.0)  # bounds of the latents' standard deviations
+LOG_SD = (-8.0, 1.0)  # bounds of the logarithm of the latents' standard deviations
 
 
 class Encoder(nn.Module):
@@ -92,7 +92,7 @@ class VAE(nn.Module):
 
 
 def bounded(log_sd: Tensor) -> Tensor:
-    """log_sd, smoothly kept within its bounds; with the paper's initial weights sd would begin at up to 1e5."""
+    """log_sd, smoothly kept within its bounds; with the paper's initial weights sd would begin at up to 4e5."""
     low, high = LOG_SD
     below = high - functional.softplus(high - log_sd)
     return low + functional.softplus(below - low)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lenspipe import artefact
 from lenspipe.config import Validation
-from lenspipe.galaxies.dataset import open_galaxies
+from lenspipe.galaxies.dataset import evenly, open_galaxies
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.seeds import seed_for
 from lenspipe.source.base import Source, pixel_axis
@@ -30,10 +30,10 @@ from lenspipe.source.latent import FlowLatent, GaussianLatent, divergence, draw,
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.prior import read_source_prior
 from lenspipe.source.reconstruction import misfit, reconstruct
-from lenspipe.source.stage import galaxy_images, read_vae
+from lenspipe.source.stage import galaxy_images, noise_of, read_vae
 from lenspipe.source.vae import VAE
 
-SIGMA = 0.02  # noise of the images for fits of galaxies as they are [peak flux]; the paper's sigma_d
+SIGMA = 0.02  # unit of residuals, noise of fits to galaxies freed of theirs [peak flux]; the paper's sigma_d
 DRAWS = 16  # draws from the prior that are kept as pictures
 ROTATED = 4  # galaxies that are turned
 DIRECTIONS = 200  # along which draws are compared with a normal distribution
@@ -51,7 +51,7 @@ def write_validation(settings: Validation, vae: Path, source: Path, galaxies: Pa
     with artefact.written_whole(out) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "validation", "encoder"))
         folder.mkdir()
-        fits = {name: clean_fit(kind, encoder, sample) for name, kind in stages(prior).items()}
+        fits = {name: clean_fit(kind, encoder, sample) for name, kind in variants(prior).items()}
         table = sample.table.assign(**{f"chi2_{name}": fit.chi2 for name, fit in fits.items()})
         facts = {f"chi2_{name}": float(fit.chi2.mean()) for name, fit in fits.items()}
         pictures = {"galaxy": sample.images, "clean": sample.clean}
@@ -60,7 +60,7 @@ def write_validation(settings: Validation, vae: Path, source: Path, galaxies: Pa
             pictures["encoder"] = encoder.reconstruct(sample.images)
             table["chi2_encoder"] = chi2(sample.images - pictures["encoder"]).numpy()
             facts["chi2_encoder"] = float(table["chi2_encoder"].mean())
-            table = mark_unusual(table, settings, encoder, galaxies, sample.images)
+            table = mark_unusual(table, settings, encoder, galaxies, sample.images, sample.noise_sd)
             facts["unusual"] = int(table["unusual"].sum())
             latent_use(encoder, galaxies).to_csv(folder / "latents.csv", index=False)
             densities(encoder, prior, galaxies).to_csv(folder / "densities.csv", index=False)
@@ -81,21 +81,21 @@ def write_validation(settings: Validation, vae: Path, source: Path, galaxies: Pa
 
 @dataclass(frozen=True)
 class Sample:
-    """Test galaxies: `images` [galaxy, 64, 64] as they are, `clean` without their noise, `table` a row for each."""
+    """Test galaxies: `images` [galaxy, 64, 64] as they are, `clean` without their noise, its `noise_sd`, a row each."""
 
     images: Tensor
     clean: Tensor
+    noise_sd: Tensor
     table: pd.DataFrame
 
     @classmethod
     def read(cls, galaxies: Path, most: int) -> Sample:
         test = open_galaxies(galaxies, "test")
-        rows = sorted({int(row) for row in np.linspace(0, test.sizes["galaxy"] - 1, min(most, test.sizes["galaxy"]))})
-        test = test.isel(galaxy=rows)
+        test = test.isel(galaxy=evenly(test.sizes["galaxy"], most))
         table = pd.DataFrame({name: test[name].to_numpy() for name in ("name", "input", "noise_sd")})
         images = test["image"].to_numpy().astype(float)
         clean = np.array([denoised(image, sd) for image, sd in zip(images, table["noise_sd"], strict=True)])
-        return cls(torch.from_numpy(images).float(), torch.from_numpy(clean).float(), table)
+        return cls(torch.from_numpy(images).float(), torch.from_numpy(clean).float(), noise_of(test), table)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class CleanFit:
     chi2: np.ndarray
 
 
-def stages(prior: Source) -> dict[str, Source]:
+def variants(prior: Source) -> dict[str, Source]:
     """The source, and where it has a residual field its decoder alone."""
     if isinstance(prior, LearnedSource) and len(prior.basis):
         return {"decoder": prior.without_residual(), "source": prior}
@@ -141,7 +141,7 @@ def signal_to_noise(
     for sd in track(settings.noise_sds, description="fits to galaxies"):
         noisy = clean + sd * noise
         row = {"noise_sd": sd}
-        for name, source in stages(prior).items():
+        for name, source in variants(prior).items():
             w = reconstruct(source, noisy, sd, start(source, encoder, noisy))
             value = misfit(source, noisy, sd, w).numpy()
             low, high = np.quantile(value, (0.16, 0.84))
@@ -177,22 +177,23 @@ def densities(encoder: VAE, prior: LearnedSource, galaxies: Path) -> pd.DataFram
     """How well densities of the latents agree with draws from e(z | x) of the test galaxies.
 
     `log_density`: its mean [nat]; `mismatch`: the greatest distance between the distribution of the draws, mapped to
-    w, and a standard normal one (Kolmogorov-Smirnov), mean over directions; `expected`: of true normal draws.
+    w, and a standard normal one (Kolmogorov-Smirnov), mean over directions; `expected`: that of as many normal draws.
+    The Gaussian is fitted to draws of the training galaxies, as a flow is.
     """
     draws = draw(*encoded(encoder, galaxy_images(galaxies, "test")))
-    means = encoded(encoder, galaxy_images(galaxies, "train"))[0]
-    standard = GaussianLatent(encoder.latents)
+    training = draw(*encoded(encoder, galaxy_images(galaxies, "train")))
     maps: dict[str, GaussianLatent | FlowLatent] = {
-        "standard normal": standard,
-        "Gaussian": gaussian_latent(means, 1.0),
+        "standard normal": GaussianLatent(encoder.latents),
+        "Gaussian": gaussian_latent(training, 1.0),
         "source prior": prior.latent,
     }
-    expected = normal_distance(torch.randn_like(draws))
+    directions = torch.randn(encoder.latents, DIRECTIONS)
+    expected = normal_distance(torch.randn_like(draws), directions)
     rows = [
         {
             "density": name,
             "log_density": float(latent.log_density(draws).mean()),
-            "mismatch": normal_distance(latent.normal(draws)),
+            "mismatch": normal_distance(latent.normal(draws), directions),
             "expected": expected,
         }
         for name, latent in maps.items()
@@ -200,31 +201,32 @@ def densities(encoder: VAE, prior: LearnedSource, galaxies: Path) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def normal_distance(w: Tensor) -> float:
-    """Kolmogorov-Smirnov distance of w [n, size], along random directions, from a standard normal: their mean."""
-    directions = torch.randn(w.shape[1], DIRECTIONS)
-    along = (w @ (directions / directions.norm(dim=0))).numpy()
+def normal_distance(w: Tensor, directions: Tensor) -> float:
+    """Kolmogorov-Smirnov distance of w [n, size] from a standard normal, mean over its entries and `directions`
+    [size, k]."""
+    along = torch.cat([w, w @ (directions / directions.norm(dim=0))], 1).numpy()
     return float(np.mean([kstest(column, "norm").statistic for column in along.T]))
 
 
 def mark_unusual(
-    table: pd.DataFrame, settings: Validation, encoder: VAE, galaxies: Path, images: Tensor
+    table: pd.DataFrame, settings: Validation, encoder: VAE, galaxies: Path, images: Tensor, noise_sd: Tensor
 ) -> pd.DataFrame:
     """The table with `rarity` and `unlikeness`, and `unusual` where either is beyond that of the validation galaxies.
 
-    `rarity`: minus the log density of the encoded mean, in the Gaussian of the training galaxies; `unlikeness`: the
-    scatter of what the reconstruction leaves, in units of sigma_d and the pixel noise together.
+    `rarity`: minus the log density of the encoded mean, in the Gaussian of the training galaxies; `unlikeness`: mean
+    square of what the reconstruction leaves, in units of the squares of sigma_d and of the pixel noise together.
     """
     reference = open_galaxies(galaxies, "validation")
     latent = gaussian_latent(encoded(encoder, galaxy_images(galaxies, "train"))[0], 1.0)
 
-    def measures(images: Tensor, noise_sd: np.ndarray) -> dict[str, np.ndarray]:
-        left = (images - encoder.reconstruct(images)).square().mean((-2, -1)).numpy()
-        rarity = -latent.log_density(encoded(encoder, images)[0]).numpy()
-        return {"rarity": rarity, "unlikeness": left / (SIGMA**2 + noise_sd**2)}
+    def measures(images: Tensor, noise_sd: Tensor) -> dict[str, np.ndarray]:
+        left = (images - encoder.reconstruct(images)).square().mean((-2, -1))
+        rarity = -latent.log_density(encoded(encoder, images)[0])
+        unlikeness = left / (encoder.decoder_sd**2 + noise_sd.square())
+        return {"rarity": rarity.numpy(), "unlikeness": unlikeness.numpy()}
 
-    seen = measures(galaxy_images(galaxies, "validation"), reference["noise_sd"].to_numpy())
-    own = measures(images, table["noise_sd"].to_numpy())
+    seen = measures(galaxy_images(galaxies, "validation"), noise_of(reference))
+    own = measures(images, noise_sd)
     beyond = [own[name] > np.quantile(seen[name], settings.unusual_quantile) for name in own]
     return table.assign(**own, unusual=np.logical_or(*beyond))
 
@@ -237,7 +239,7 @@ def turned_galaxies(
     `rms`: of the difference from the reconstruction of the galaxy that is not turned, in units of SIGMA, within the
     circle that every turn keeps.
     """
-    rows = sorted({int(row) for row in np.linspace(0, len(sample.clean) - 1, min(ROTATED, len(sample.clean)))})
+    rows = evenly(len(sample.clean), ROTATED)
     angles = 360 * np.arange(settings.rotations) / settings.rotations
     originals = sample.clean[rows]
     turned = torch.stack([turn(originals, angle) for angle in angles], 1)

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lenspipe.galaxies.dataset import evenly
 from lenspipe.report import figures
 from lenspipe.report.page import (
     cuts_table,
     decimals,
-    evenly,
     near,
     pulls,
     pulls_table,

@@ -9,6 +9,7 @@ from torch import Tensor
 from lenspipe.source.residual import modes, principal_components, stationary_components, without_noise
 
 N = 16
+NONE = torch.zeros(2000)  # noise of every residual
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_modes_are_those_of_all_eight_orientations(field: Tensor) -> None:
 
 
 def test_draws_have_the_moments_of_the_residuals(field: Tensor) -> None:
-    basis, explained = principal_components(field, 0.0, None, 1.0)
+    basis, explained = principal_components(field, NONE, None, 1.0, 0)
     assert explained == pytest.approx(1)
     assert len(basis) == 8, "one for each orientation"
     flat = basis.flatten(1).double()
@@ -53,12 +54,25 @@ def test_draws_have_the_moments_of_the_residuals(field: Tensor) -> None:
 def test_noise_is_taken_out(field: Tensor) -> None:
     """White noise three times weaker than the spot adds no component and no variance; alone it leaves none."""
     generator = torch.Generator().manual_seed(1)
+    equal = torch.full((2000,), 0.03)
     noise = 0.03 * torch.randn(field.shape, generator=generator)
-    clean, _ = principal_components(field, 0.0, None, 1.0)
-    basis, _ = principal_components(field + noise, 0.03**2, None, 1.0)
+    clean, _ = principal_components(field, NONE, None, 1.0, 0)
+    basis, _ = principal_components(field + noise, equal, None, 1.0, 0)
     assert len(clean) <= len(basis) <= len(clean) + 2
     assert float(basis.square().sum()) == pytest.approx(float(clean.square().sum()), rel=0.03)
-    assert len(principal_components(noise, 0.03**2, None, 1.0)[0]) <= 2
+    assert len(principal_components(noise, equal, None, 1.0, 0)[0]) <= 2
+
+
+def test_unequal_noise_is_taken_out(field: Tensor) -> None:
+    """A tenth of the galaxies with most of the noise: its greatest eigenvalue is beyond that of equal noise."""
+    generator = torch.Generator().manual_seed(4)
+    noise_sd = torch.where(torch.arange(2000) % 10 == 0, 0.09, 0.005)
+    noise = noise_sd[:, None, None] * torch.randn(field.shape, generator=generator)
+    assert len(principal_components(noise, noise_sd, None, 1.0, 0)[0]) <= 2
+    equal = noise_sd.square().mean().sqrt().expand(2000)
+    assert len(principal_components(noise, equal, None, 1.0, 0)[0]) > 10
+    basis, _ = principal_components(field + noise, noise_sd, None, 1.0, 0)
+    assert 8 <= len(basis) <= 10
 
 
 def test_spiked_covariance() -> None:
@@ -69,15 +83,21 @@ def test_spiked_covariance() -> None:
     freed = without_noise(values, 1.0, 0.1)
     assert float(values[0]) > 4.1, "too great, as it is"
     assert float(freed[0]) == pytest.approx(3, rel=0.1)
-    assert int((freed > 0).sum()) <= 2
+
+
+def test_a_field_that_noise_hides_has_no_waves() -> None:
+    residuals = 0.1 * torch.randn(50, N, N, generator=torch.Generator().manual_seed(6))
+    basis, explained = stationary_components(residuals, torch.ones(50), 5)
+    assert basis.shape == (0, N, N)
+    assert explained == 0
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.9, None), (1.0, 8)])
 def test_number_of_components(field: Tensor, share: float, count: int | None) -> None:
-    basis, explained = principal_components(field, 0.0, None, share)
+    basis, explained = principal_components(field, NONE, None, share, 0)
     assert count is None or len(basis) == count
     assert explained >= share - 1e-9
-    fewer, less = principal_components(field, 0.0, len(basis) - 1, 1.0)
+    fewer, less = principal_components(field, NONE, len(basis) - 1, 1.0, 0)
     assert len(fewer) == len(basis) - 1
     assert less < share
 
@@ -88,7 +108,7 @@ def test_plane_waves_have_the_power_of_the_residuals() -> None:
     frequency = torch.fft.fftfreq(N, 1 / N)
     falling = torch.exp(-torch.hypot(frequency, frequency[:, None]).round() / 3)
     residuals = torch.fft.ifft2(white * falling).real
-    basis, explained = stationary_components(residuals, 0.0, N * N)
+    basis, explained = stationary_components(residuals, torch.zeros(4000), N * N)
     assert explained == pytest.approx(1)
     variance = basis.square().sum(0)
     torch.testing.assert_close(variance, variance.mean().expand(N, N), rtol=1e-4, atol=0)
@@ -96,5 +116,7 @@ def test_plane_waves_have_the_power_of_the_residuals() -> None:
     flat = basis.flatten(1)
     products = flat @ flat.T
     torch.testing.assert_close(products, products.diagonal().diag(), rtol=0, atol=1e-4 * float(products.max()))
-    assert stationary_components(residuals, 0.0, 5)[1] < 1
-    assert float(stationary_components(residuals, 1e-3, 1)[0].square().sum()) < float(basis[:1].square().sum())
+    assert stationary_components(residuals, torch.zeros(4000), 5)[1] < 1
+    assert float(stationary_components(residuals, torch.full((4000,), 0.03), 1)[0].square().sum()) < float(
+        basis[:1].square().sum()
+    )

@@ -17,7 +17,7 @@ from lenspipe.errors import InputError
 from lenspipe.report.source import noise_table, source_section, unusual_table
 from lenspipe.results import Results
 from lenspipe.source.pixel_grid import PixelGridSource as PixelGrid
-from lenspipe.source.stage import write_source, write_vae
+from lenspipe.source.stage import noise_of, write_source, write_vae
 from lenspipe.source.validation import (
     Sample,
     mark_unusual,
@@ -136,6 +136,7 @@ class Corner(nn.Module):
     """An encoder that reads one latent from a corner, and reconstructs round galaxies."""
 
     latents = 1
+    decoder_sd = 0.02
 
     def encoder(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images[:, 0, :1], torch.full_like(images[:, 0, :1], 0.1)
@@ -154,13 +155,13 @@ def test_galaxies_far_from_the_training_set_are_marked(monkeypatch: pytest.Monke
         return images
 
     monkeypatch.setattr("lenspipe.source.validation.galaxy_images", drawn)
-    reference = xr.Dataset({"noise_sd": ("galaxy", np.zeros(200))})
-    monkeypatch.setattr("lenspipe.source.validation.open_galaxies", lambda path, split: reference)
+    monkeypatch.setattr("lenspipe.source.validation.open_galaxies", lambda path, split: None)
+    monkeypatch.setattr("lenspipe.source.validation.noise_of", lambda galaxies: torch.zeros(200))
     images = 0.02 * torch.randn(4, 64, 64, generator=generator)
     images[:, 0, 0] = torch.tensor([0.1, 8.0, -0.2, 0.3])
     images[2, 20:40, 20:40] += 0.3
     table = pd.DataFrame({"name": list("abcd"), "input": "x", "noise_sd": 0.0})
-    marked = mark_unusual(table, Validation(), Corner(), Path(), images)  # type: ignore[arg-type]
+    marked = mark_unusual(table, Validation(), Corner(), Path(), images, torch.zeros(4))  # type: ignore[arg-type]
     assert marked["unusual"].tolist() == [False, True, True, False]
     assert marked["rarity"].idxmax() == 1
     assert unusual_table(marked[marked["unusual"]].assign(input="x")).rows[0][0] == "b"
@@ -171,7 +172,7 @@ def test_a_source_that_turns_with_the_galaxy_has_no_rotation_error() -> None:
     source = PixelGrid(PixelGridSource(kind="pixel_grid", modes=3))
     clean = source(torch.zeros(1, 3))
     clean[:, 20:26, 30:34] += 0.5
-    sample = Sample(clean, clean, pd.DataFrame({"name": ["a"]}))
+    sample = Sample(clean, clean, torch.zeros(1), pd.DataFrame({"name": ["a"]}))
     pictures, errors = turned_galaxies(Validation(rotations=4), source, None, sample)
     assert pictures["turned"].shape == (1, 4, 64, 64)
     assert errors["angle"].tolist() == [90, 180, 270]
@@ -185,3 +186,10 @@ def test_misfit_against_noise() -> None:
     table = signal_to_noise(SETTINGS, source, None, clean, torch.Generator().manual_seed(3))
     assert table["source"].to_numpy() == pytest.approx(1 + (0.1 / table["noise_sd"].to_numpy()) ** 2, rel=0.03)
     assert noise_table(table).rows[1][:2] == ["0.02", "50"]
+
+
+def test_noise_that_is_not_known_is_estimated() -> None:
+    noise = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(4))
+    images = 0.03 * noise
+    data = xr.Dataset({"image": (("galaxy", "y", "x"), images.numpy()), "noise_sd": ("galaxy", np.array([0.0, 0.5]))})
+    assert noise_of(data).tolist() == pytest.approx([0.03, 0.5], rel=0.05)
