@@ -183,7 +183,7 @@ class Still(nn.Module):
 
 
 def test_moving_average_follows_the_weights(images: Tensor) -> None:
-    """None (ema = 0): the judged weights are the trained ones. 0.75: a quarter of each step's weights, after the first."""
+    """ema = 0: the judged weights are the trained ones. 0.75: a quarter of each step's weights, after the first."""
     torch.manual_seed(0)
     state = TrainingState(SMALL, torch.device("cpu"))
     state.advance(images, images)
