@@ -96,8 +96,10 @@ def test_jobs_of_a_dry_run(tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_not_learned_needs_no_training(tmp_path: Path) -> None:
-    config = tiny_with(tmp_path / "config.yaml", "source", kind="sersic")
-    done = snakemake(tmp_path, "--dry-run", config=config)
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"source": {"kind": "sersic"}})
+    )
+    done = snakemake(tmp_path, "--dry-run", config=tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
     assert jobs(done.stdout + done.stderr) == JOBS - Counter(["vae"])
 
