@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from lenspipe import artefact
 from lenspipe.config import DeflectionTable as Settings
-from lenspipe.errors import InputError
 from lenspipe.lens.epl import series_deflection
 from lenspipe.lens.table import DeflectionTable, build_table
+from lenspipe.tensors import read_tensors, write_tensors
+
+TENSORS = ("q", "gamma", "values", "slopes")  # of a table, in the order it takes them
 
 
 def write_deflection_table(settings: Settings, out: Path) -> None:
@@ -28,20 +28,16 @@ def write_deflection_table(settings: Settings, out: Path) -> None:
     record = artefact.provenance(
         "deflection_table", {"deflection_table": settings}, bounds=table.bounds, errors=measure_error(table)
     )
-    tensors = {name: getattr(table, name).contiguous() for name in ("q", "gamma", "values", "slopes")}
-    with artefact.written_whole(out) as temporary:
-        save_file(tensors, temporary, metadata={artefact.KEY: json.dumps(record)})
+    write_tensors(out, {name: getattr(table, name) for name in TENSORS}, record)
 
 
 def read_deflection_table(path: Path) -> DeflectionTable:
     """The table in a file that the stage wrote. Raises InputError where it is missing or not one."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such deflection table; run the stage deflection_table first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return DeflectionTable(*(file.get_tensor(name) for name in ("q", "gamma", "values", "slopes")))
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a deflection table ({error}); remove it and run the stage again") from None
+
+    def build(tensors: dict[str, Tensor], record: object) -> DeflectionTable:
+        return DeflectionTable(*(tensors[name] for name in TENSORS))
+
+    return read_tensors(path, "a deflection table", "deflection_table", build)
 
 
 def measure_error(table: DeflectionTable, points: int = 400) -> dict[str, float]:

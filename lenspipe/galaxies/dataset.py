@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import Tensor
 
 from lenspipe.errors import InputError
+from lenspipe.galaxies.denoise import noise_level
 
 
 def evenly(size: int, count: int) -> list[int]:
@@ -27,3 +30,14 @@ def open_galaxies(path: Path, split: str) -> xr.Dataset:
     if chosen.sizes["galaxy"] == 0:
         raise InputError(f"{path}: no galaxies in the split {split!r}; raise galaxies.{split}_fraction or add galaxies")
     return chosen
+
+
+def noise_of(galaxies: xr.Dataset) -> Tensor:
+    """Pixel noise [galaxy] of galaxies, estimated from the image where it is not known."""
+    pairs = zip(galaxies["image"].to_numpy().astype(float), galaxies["noise_sd"].to_numpy(), strict=True)
+    return torch.tensor([noise_level(image, sd) for image, sd in pairs], dtype=torch.float32)
+
+
+def galaxy_images(galaxies: Path, split: str) -> Tensor:
+    """Images [galaxy, 64, 64] of peak 1 of one split."""
+    return torch.from_numpy(open_galaxies(galaxies, split)["image"].to_numpy().astype("float32"))

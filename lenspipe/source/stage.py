@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-import xarray as xr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lenspipe import artefact
 from lenspipe.config import LearnedSource as LearnedSettings
 from lenspipe.config import SourceSettings, Vae
-from lenspipe.errors import InputError
-from lenspipe.galaxies.dataset import open_galaxies
-from lenspipe.galaxies.denoise import noise_level
+from lenspipe.galaxies.dataset import galaxy_images, noise_of, open_galaxies
 from lenspipe.memory import keep_freed_memory
 from lenspipe.seeds import seed_for
 from lenspipe.source.base import Source
@@ -29,6 +23,7 @@ from lenspipe.source.prior import blank, write_source_prior
 from lenspipe.source.residual import principal_components, stationary_components
 from lenspipe.source.training import Epoch, train
 from lenspipe.source.vae import VAE
+from lenspipe.tensors import read_tensors, write_tensors
 
 
 def write_vae(settings: Vae, galaxies: Path, out: Path, seed: int) -> None:
@@ -69,36 +64,20 @@ def write_vae(settings: Vae, galaxies: Path, out: Path, seed: int) -> None:
     )
     with artefact.written_whole(out.with_name("training.csv")) as temporary:
         pd.DataFrame([epoch.as_row() for epoch in curve]).to_csv(temporary, index=False)
-    with artefact.written_whole(out) as temporary:
-        save_file(vae.state_dict(), temporary, metadata={artefact.KEY: json.dumps(record)})
+    write_tensors(out, vae.state_dict(), record)
     checkpoint.unlink(missing_ok=True)
 
 
 def read_vae(path: Path) -> tuple[VAE, dict[str, Any]]:
     """The trained autoencoder and its record. Raises InputError where the file is missing or not one."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such autoencoder; run the stage vae first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()[artefact.KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def build(tensors: dict[str, Tensor], record: dict[str, Any]) -> tuple[VAE, dict[str, Any]]:
         settings = record["settings"]["vae"]
         vae = VAE(settings["latents"], settings["channels"], settings["dense"], settings["decoder_sd"])
         vae.load_state_dict(tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not an autoencoder ({error}); remove it and run the stage again") from None
-    return vae.requires_grad_(False).eval(), record
+        return vae.requires_grad_(False).eval(), record
 
-
-def noise_of(galaxies: xr.Dataset) -> Tensor:
-    """Pixel noise [galaxy] of galaxies, estimated from the image where it is not known."""
-    pairs = zip(galaxies["image"].to_numpy().astype(float), galaxies["noise_sd"].to_numpy(), strict=True)
-    return torch.tensor([noise_level(image, sd) for image, sd in pairs], dtype=torch.float32)
-
-
-def galaxy_images(galaxies: Path, split: str) -> Tensor:
-    """Images [galaxy, 64, 64] of peak 1 of one split."""
-    return torch.from_numpy(open_galaxies(galaxies, split)["image"].to_numpy().astype("float32"))
+    return read_tensors(path, "an autoencoder", "vae", build)
 
 
 def write_source(settings: SourceSettings, vae: Path, galaxies: Path, out: Path, seed: int) -> None:

@@ -110,7 +110,7 @@ class TrainingState:
         rate = self.settings.learning_rate * decay(self.settings, epoch)
         self.optimiser.param_groups[0]["lr"] = rate
         train_elbo = self._train(train_images)
-        validation_elbo = checked(validation(self.judged, validation_images, self.settings.batch_size))
+        validation_elbo = checked(held_out_elbo(self.judged, validation_images, self.settings.batch_size))
         self.curve.append(Epoch(epoch, train_elbo, validation_elbo, rate, time.perf_counter() - began))
         if self.best_epoch == epoch:
             self.best = copy.deepcopy(self.judged.state_dict())
@@ -192,7 +192,7 @@ def _minibatches(images: Tensor, size: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def validation(vae: VAE, images: Tensor, batch_size: int) -> float:
+def held_out_elbo(vae: VAE, images: Tensor, batch_size: int) -> float:
     """Mean ELBO per image [nat], with the same noise in the latents at every call."""
     vae.eval()
     elbo = TraceMeanField_ELBO()

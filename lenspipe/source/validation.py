@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lenspipe import artefact
 from lenspipe.config import Validation
-from lenspipe.galaxies.dataset import evenly, open_galaxies
+from lenspipe.galaxies.dataset import evenly, galaxy_images, noise_of, open_galaxies
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.seeds import seed_for
 from lenspipe.source.base import Source, pixel_axis
@@ -30,9 +30,10 @@ from lenspipe.source.latent import FlowLatent, GaussianLatent, divergence, draw,
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.prior import read_source_prior
 from lenspipe.source.reconstruction import misfit, reconstruct
-from lenspipe.source.stage import galaxy_images, noise_of, read_vae
+from lenspipe.source.stage import read_vae
 from lenspipe.source.vae import VAE
 
+Encoded = tuple[Tensor, Tensor]  # means and standard deviations of the latents, [galaxy, latents] each
 SIGMA = 0.02  # unit of residuals, noise of fits to galaxies freed of theirs [peak flux]; the paper's sigma_d
 DRAWS = 16  # draws from the prior that are kept as pictures
 ROTATED = 4  # galaxies that are turned
@@ -60,10 +61,11 @@ def write_validation(settings: Validation, vae: Path, source: Path, galaxies: Pa
             pictures["encoder"] = encoder.reconstruct(sample.images)
             table["chi2_encoder"] = chi2(sample.images - pictures["encoder"]).numpy()
             facts["chi2_encoder"] = float(table["chi2_encoder"].mean())
-            table = mark_unusual(table, settings, encoder, galaxies, sample.images, sample.noise_sd)
+            training, test = (encoded(encoder, galaxy_images(galaxies, split)) for split in ("train", "test"))
+            table = mark_unusual(table, settings, encoder, training[0], galaxies, sample)
             facts["unusual"] = int(table["unusual"].sum())
-            latent_use(encoder, galaxies).to_csv(folder / "latents.csv", index=False)
-            densities(encoder, prior, galaxies).to_csv(folder / "densities.csv", index=False)
+            latent_use(test).to_csv(folder / "latents.csv", index=False)
+            densities(prior, training, test).to_csv(folder / "densities.csv", index=False)
         table.to_csv(folder / "galaxies.csv", index=False)
         curve = signal_to_noise(settings, prior, encoder, sample.clean, generator)
         curve.to_csv(folder / "signal_to_noise.csv", index=False)
@@ -167,27 +169,26 @@ def ring_power(images: Tensor) -> np.ndarray:
     return np.bincount(ring[within], power[within]) / np.bincount(ring[within])
 
 
-def latent_use(encoder: VAE, galaxies: Path) -> pd.DataFrame:
+def latent_use(test: Encoded) -> pd.DataFrame:
     """Mean Kullback-Leibler divergence [nat] of e(z_i | x) from N(0, 1) over the test galaxies, for each latent."""
-    use = divergence(*encoded(encoder, galaxy_images(galaxies, "test"))).mean(0)
-    return pd.DataFrame({"latent": range(encoder.latents), "kl": use.numpy()})
+    use = divergence(*test).mean(0)
+    return pd.DataFrame({"latent": range(len(use)), "kl": use.numpy()})
 
 
-def densities(encoder: VAE, prior: LearnedSource, galaxies: Path) -> pd.DataFrame:
+def densities(prior: LearnedSource, training: Encoded, test: Encoded) -> pd.DataFrame:
     """How well densities of the latents agree with draws from e(z | x) of the test galaxies.
 
     `log_density`: its mean [nat]; `mismatch`: the greatest distance between the distribution of the draws, mapped to
     w, and a standard normal one (Kolmogorov-Smirnov), mean over directions; `expected`: that of as many normal draws.
     The Gaussian is fitted to draws of the training galaxies, as a flow is.
     """
-    draws = draw(*encoded(encoder, galaxy_images(galaxies, "test")))
-    training = draw(*encoded(encoder, galaxy_images(galaxies, "train")))
+    draws = draw(*test)
     maps: dict[str, GaussianLatent | FlowLatent] = {
-        "standard normal": GaussianLatent(encoder.latents),
-        "Gaussian": gaussian_latent(training, 1.0),
+        "standard normal": GaussianLatent(prior.latents),
+        "Gaussian": gaussian_latent(draw(*training), 1.0),
         "source prior": prior.latent,
     }
-    directions = torch.randn(encoder.latents, DIRECTIONS)
+    directions = torch.randn(prior.latents, DIRECTIONS)
     expected = normal_distance(torch.randn_like(draws), directions)
     rows = [
         {
@@ -209,15 +210,16 @@ def normal_distance(w: Tensor, directions: Tensor) -> float:
 
 
 def mark_unusual(
-    table: pd.DataFrame, settings: Validation, encoder: VAE, galaxies: Path, images: Tensor, noise_sd: Tensor
+    table: pd.DataFrame, settings: Validation, encoder: VAE, means: Tensor, galaxies: Path, sample: Sample
 ) -> pd.DataFrame:
     """The table with `rarity` and `unlikeness`, and `unusual` where either is beyond that of the validation galaxies.
 
-    `rarity`: minus the log density of the encoded mean, in the Gaussian of the training galaxies; `unlikeness`: mean
+    `rarity`: minus the log density of the encoded mean, in the Gaussian of `means`, those of the training galaxies
+    [galaxy, latents]; `unlikeness`: mean
     square of what the reconstruction leaves, in units of the squares of sigma_d and of the pixel noise together.
     """
     reference = open_galaxies(galaxies, "validation")
-    latent = gaussian_latent(encoded(encoder, galaxy_images(galaxies, "train"))[0], 1.0)
+    latent = gaussian_latent(means, 1.0)
 
     def measures(images: Tensor, noise_sd: Tensor) -> dict[str, np.ndarray]:
         left = (images - encoder.reconstruct(images)).square().mean((-2, -1))
@@ -226,7 +228,7 @@ def mark_unusual(
         return {"rarity": rarity.numpy(), "unlikeness": unlikeness.numpy()}
 
     seen = measures(galaxy_images(galaxies, "validation"), noise_of(reference))
-    own = measures(images, noise_sd)
+    own = measures(sample.images, sample.noise_sd)
     beyond = [own[name] > np.quantile(seen[name], settings.unusual_quantile) for name in own]
     return table.assign(**own, unusual=np.logical_or(*beyond))
 

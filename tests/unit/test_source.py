@@ -82,7 +82,7 @@ def test_early_stop_keeps_the_best_weights(images: Tensor, monkeypatch: pytest.M
         vae.eval()
         return [1.0, 3.0, 2.0, 2.0, 2.0, 2.0][len(seen) - 1]
 
-    monkeypatch.setattr(training, "validation", evaluate)
+    monkeypatch.setattr(training, "held_out_elbo", evaluate)
     vae, curve = fitted(SMALL.model_copy(update={"patience": 2}), images)
     assert [epoch.validation_elbo for epoch in curve] == [1.0, 3.0, 2.0, 2.0]
     assert torch.equal(vae.encoder.mean.weight, seen[1])

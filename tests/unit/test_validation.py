@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lenspipe import artefact
 from lenspipe.config import LearnedSource, PixelGridSource, Report, ResidualField, Vae, Validation
 from lenspipe.errors import InputError
+from lenspipe.galaxies.dataset import noise_of
 from lenspipe.report.source import noise_table, source_section, unusual_table
 from lenspipe.results import Results
 from lenspipe.source.pixel_grid import PixelGridSource as PixelGrid
-from lenspipe.source.stage import noise_of, write_source, write_vae
+from lenspipe.source.stage import write_source, write_vae
 from lenspipe.source.validation import (
     Sample,
     mark_unusual,
@@ -161,7 +162,9 @@ def test_galaxies_far_from_the_training_set_are_marked(monkeypatch: pytest.Monke
     images[:, 0, 0] = torch.tensor([0.1, 8.0, -0.2, 0.3])
     images[2, 20:40, 20:40] += 0.3
     table = pd.DataFrame({"name": list("abcd"), "input": "x", "noise_sd": 0.0})
-    marked = mark_unusual(table, Validation(), Corner(), Path(), images, torch.zeros(4))  # type: ignore[arg-type]
+    training, _ = Corner().encoder(drawn(None, "train"))
+    sample = Sample(images, images, torch.zeros(4), table)
+    marked = mark_unusual(table, Validation(), Corner(), training, Path(), sample)  # type: ignore[arg-type]
     assert marked["unusual"].tolist() == [False, True, True, False]
     assert marked["rarity"].idxmax() == 1
     assert unusual_table(marked[marked["unusual"]].assign(input="x")).rows[0][0] == "b"

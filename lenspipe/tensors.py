@@ -1,0 +1,41 @@
+"""Tensors and their record in one safetensors file, never pickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lenspipe.artefact import KEY, written_whole
+from lenspipe.errors import InputError
+
+T = TypeVar("T")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write named tensors and their record, whole."""
+    alone = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as temporary:
+        save_file(alone, temporary, metadata={KEY: json.dumps(record)})
+
+
+def read_tensors(path: Path, what: str, stage: str, build: Callable[[dict[str, Tensor], Any], T]) -> T:
+    """What `build` makes of the tensors and the record in a file of the stage.
+
+    `what` is what errors call it, with its article. Raises InputError where the file is missing, is not one of
+    safetensors, or `build` cannot use what is in it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such {what.partition(' ')[2]}; run the stage {stage} first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()[KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return build(tensors, record)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not {what} ({error}); remove it and run the stage again") from None
