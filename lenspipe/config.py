@@ -554,15 +554,26 @@ class Fit(Section):
 
     shard_size: Count = Field(500, description="lenses in one job")
     batch_size: Count = Field(5, description="lenses fitted together in one batched program")
-    starts: Count = Field(18, description="starting points of the MAP search per lens")
-    survivors: Count = Field(4, description="starting points that are followed to the end")
-    temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
-        (50.0, 25.0, 12.0, 6.0, 3.0, 1.5, 1.0),
-        min_length=2,
-        description="factors on the noise, from first to last, in the MAP search",
+    starts: Count = Field(24, description="starting points of the MAP search per lens, the scouts")
+    scouts: Count = Field(8, description="scouts that go on after every rung of the ladder of temperatures")
+    scout_pixels: int = Field(
+        48, ge=8, description="least side of the image on whose coarse pixels the scouts climb [px]"
     )
-    steps_per_temperature: Count = Field(8, description="Gauss-Newton steps at each temperature")
-    final_steps: Count = Field(100, description="greatest number of Gauss-Newton steps at temperature 1")
+    scout_components: Count = Field(32, description="principal components that a learned source has for the scouts")
+    survivors: Count = Field(4, description="scouts that are followed with the whole source")
+    rival_gap: Positive = Field(
+        50.0, description="another solution that is not further below the best is followed to the end too [nat]"
+    )
+    temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
+        (50.0, 25.0, 12.0, 6.0, 3.0, 1.5),
+        min_length=1,
+        description="factors on the noise, from first to last, that the scouts climb at",
+    )
+    settling_temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
+        (6.0, 3.0, 1.5, 1.0), min_length=1, description="the same for those that survive, with the whole source"
+    )
+    steps_per_temperature: Count = Field(8, description="greatest number of Gauss-Newton steps at each temperature")
+    final_steps: Count = Field(60, description="greatest number of Gauss-Newton steps on all pixels")
     chains: int = Field(4, ge=2, description="Markov chains per lens")
     warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
     draws: int = Field(300, ge=20, description="draws kept per chain")
@@ -572,8 +583,10 @@ class Fit(Section):
 
     @model_validator(mode="after")
     def _ends_cold(self) -> Fit:
-        if self.temperatures[-1] != 1:
-            raise ValueError(f"the last of temperatures must be 1 (the true noise), found {self.temperatures[-1]:g}")
+        if self.settling_temperatures[-1] != 1:
+            raise ValueError(
+                f"the last of settling_temperatures must be 1 (the true noise), found {self.settling_temperatures[-1]:g}"
+            )
         return self
 
 

@@ -1,4 +1,9 @@
-"""Maximum a posteriori: tempered Gauss-Newton with Marquardt damping, many starts a lens, all in one batch."""
+"""Maximum a posteriori: tempered Gauss-Newton with Marquardt damping, many starts a lens, all in one batch.
+
+The search goes from cheap to dear. Scouts, many starts of a lens on coarse pixels, climb with the noise multiplied by
+falling temperatures; half of them are dropped at every rung. The best of them that differ climb on at the true noise on
+finer pixels, and those that are still near the best one to the end on all pixels: the basins.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,11 @@ from lenspipe.config import Fit
 from lenspipe.fit.model import LensModel
 
 CONVERGED = 1e-2  # gain in log posterior below which a step at temperature 1 is the last [nat]
+TRIALS = (0.1, 1.0, 10.0)  # factors on the damping that are tried at every step
+DAMPING = (1e-6, 1e8)  # its bounds
+ALIKE = 0.1  # difference of the named unknowns below which two points are one [standard deviations of the prior]
+SAME_BASIN = 5.0  # difference of every named unknown below which two points are in one basin [posterior sd]
+FURTHEST = 8.0  # bound of every unknown, in standard deviations of its prior
 
 
 @dataclass(frozen=True)
@@ -18,44 +28,69 @@ class MapFit:
     """The best point of every lens and what the search saw.
 
     w: [lens, size]; log_density: [lens]; hessian: [lens, size, size], Gauss-Newton, of minus the log posterior at w;
-    start_log_density: [lens, survivor], where the surviving starts ended; converged: [lens].
+    converged: [lens]. basins_w, basins_log_density, basins_log_evidence: [lens, basin, size] and [lens, basin], the
+    distinct solutions from the best on, with Laplace's approximation of their evidence; NaN where there are fewer.
+    start_log_density: [lens, survivor], where the surviving scouts ended before the last climb; start_basin: [lens,
+    survivor], the basin each ended in, -1 for those left behind.
     """
 
     w: Tensor
     log_density: Tensor
     hessian: Tensor
-    start_log_density: Tensor
     converged: Tensor
+    basins_w: Tensor
+    basins_log_density: Tensor
+    basins_log_evidence: Tensor
+    start_log_density: Tensor
+    start_basin: Tensor
 
 
+@torch.no_grad()
 def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
     """Search from `settings.starts` points drawn from the prior of the named parameters, with the mean source.
 
-    Every start climbs down the ladder of temperatures, but starts join it at different rungs: from a high temperature
-    all of them would follow the same path. Temperatures above 1 see pixels twice as wide. Before the last rung,
-    temperature 1 and all pixels, only the best `settings.survivors` starts of a lens are kept.
-
     generators: one a lens, so that a lens's starts do not depend on its neighbours in the batch.
     """
-    lenses, starts = len(model.batch), settings.starts
-    ladder = settings.temperatures[:-1]
-    w = torch.stack([start_points(model, starts, generator) for generator in generators])
-    value = torch.zeros(lenses, starts, dtype=torch.float64)
-    coarse = model.coarse()
+    levels = [model]
+    while min(levels[-1].simulator.shape) >= 2 * settings.scout_pixels and levels[-1].coarse() is not levels[-1]:
+        levels.append(levels[-1].coarse())
+    w = scout(levels[-1], settings, generators)
+    lenses, survivors = w.shape[:2]
+    rows = torch.arange(lenses).repeat_interleave(survivors)
+    middle = levels[min(1, len(levels) - 1)]
+    settled = w.flatten(0, 1)
+    for temperature in settings.settling_temperatures:
+        settled, value, _ = climb(middle.take(rows), settled, temperature, settings.steps_per_temperature)
+    w, value = settled.unflatten(0, (lenses, -1)), value.unflatten(0, (lenses, -1))
+    return finish(model, middle, w, value, settings)
+
+
+def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> Tensor:
+    """The best `settings.survivors` different points [lens, survivor, size] that scouts reach on coarse pixels.
+
+    Scouts join the ladder at different rungs: from a high temperature all of them would follow the same path. They see
+    the source's sketch; where that is not the source itself, they leave its unknowns at zero.
+    """
+    sketch = model.sketched(settings.scout_components)
+    lenses, starts, ladder = len(model.batch), settings.starts, settings.temperatures
+    w = torch.stack([start_points(sketch, starts, generator) for generator in generators])
+    value = torch.full((lenses, starts), -torch.inf, dtype=torch.float64)
+    alive = torch.zeros(lenses, starts, dtype=torch.bool)
     for rung, temperature in enumerate(ladder):
-        joined = torch.arange(starts) % len(ladder) <= rung
-        wide = coarse.take(torch.arange(lenses).repeat_interleave(int(joined.sum())))
-        climbed, reached, _ = climb(wide, w[:, joined].flatten(0, 1), temperature, settings.steps_per_temperature)
-        w[:, joined], value[:, joined] = climbed.unflatten(0, (lenses, -1)), reached.unflatten(0, (lenses, -1))
-    survivors = min(settings.survivors, starts)
-    kept = value.topk(survivors).indices
-    w = w.gather(1, kept[..., None].expand(-1, -1, model.size))
-    wide = model.take(torch.arange(lenses).repeat_interleave(survivors))
-    climbed, reached, _ = climb(wide, w.flatten(0, 1), 1.0, settings.steps_per_temperature)
-    reached = reached.unflatten(0, (lenses, survivors))
-    best = climbed.unflatten(0, (lenses, survivors))[torch.arange(lenses), reached.argmax(1)]
-    best, log_density, gain = climb(model, best, 1.0, settings.final_steps)
-    return MapFit(best, log_density, model.hessian(best), reached, gain < CONVERGED)
+        alive |= torch.arange(starts) % len(ladder) == rung
+        lens, start = alive.nonzero(as_tuple=True)
+        w[lens, start], value[lens, start], _ = climb(
+            sketch.take(lens), w[lens, start], temperature, settings.steps_per_temperature
+        )
+        order = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : settings.scouts]
+        best = torch.zeros_like(alive).scatter(1, order, True)
+        alive &= best
+    chosen = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : min(settings.survivors, starts)]
+    w = w.gather(1, chosen[..., None].expand(-1, -1, w.shape[-1]))
+    if sketch.source is model.source:
+        return w
+    named = w[..., : len(model.priors.free)]
+    return torch.cat([named, w.new_zeros(*named.shape[:2], model.source.size)], -1)
 
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:
@@ -66,34 +101,106 @@ def start_points(model: LensModel, starts: int, generator: torch.Generator) -> T
     return w
 
 
+def ranked(model: LensModel, w: Tensor, value: Tensor) -> Tensor:
+    """Indices [lens, start] of points [lens, start, size] by falling value, those like a better one after all others."""
+    order = value.argsort(dim=1, descending=True, stable=True)
+    named = model.split(w.gather(1, order[..., None].expand_as(w)))[0]
+    alike = (named[:, :, None] - named[:, None]).abs().amax(-1) < ALIKE
+    copy = alike.tril(-1).any(-1)
+    return order.gather(1, copy.to(torch.uint8).argsort(dim=1, stable=True))
+
+
+def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, settings: Fit) -> MapFit:
+    """Climb to the end on all pixels from the best points [lens, start, size] and their rivals; compare the basins.
+
+    value: [lens, start], log posteriors under the model `settled`. A rival is the best point that is elsewhere than the
+    best one and not more than `settings.rival_gap` below it.
+    """
+    lenses = torch.arange(len(value))
+    first = value.argmax(1)
+    spread = named_sd(settled, settled.hessian(w[lenses, first]))
+    elsewhere = separation(settled, w, w[lenses, first], spread) > SAME_BASIN
+    rival = torch.where(elsewhere, value, -torch.inf)
+    second = rival.argmax(1)
+    with_rival = rival.amax(1) >= value.amax(1) - settings.rival_gap
+    lens = torch.cat([lenses, lenses[with_rival]])
+    begun = torch.cat([w[lenses, first], w[lenses, second][with_rival]])
+    ended, reached, converged = climb(model.take(lens), begun, 1.0, settings.final_steps)
+    hessian = model.take(lens).hessian(ended)
+    place = torch.stack([lenses, lenses.clone()], 1)  # of the two basins among those climbed to
+    place[with_rival, 1] = torch.arange(len(value), len(lens))
+    same = (
+        separation(model, ended[place[:, 1:]], ended[place[:, 0]], named_sd(model, hessian[place[:, 0]]))[:, 0]
+        < SAME_BASIN
+    )
+    swap = reached[place[:, 1]] > reached[place[:, 0]]
+    place = torch.where(swap[:, None], place.flip(1), place)
+    best, alone = place[:, 0], same | ~with_rival
+    points, density = ended[place], reached[place]
+    evidence = density - 0.5 * torch.logdet(hessian)[place]
+    for basins in (points, density, evidence):
+        basins[alone, 1] = torch.nan
+    spreads = named_sd(model, hessian[place.flatten()]).unflatten(0, place.shape)
+    far = torch.stack([separation(model, w, points[:, i], spreads[:, i]) for i in range(2)], -1).nan_to_num(torch.inf)
+    return MapFit(
+        w=ended[best],
+        log_density=reached[best],
+        hessian=hessian[best],
+        converged=converged[best],
+        basins_w=points,
+        basins_log_density=density,
+        basins_log_evidence=evidence,
+        start_log_density=value,
+        start_basin=torch.where(far.amin(-1) < SAME_BASIN, far.argmin(-1), -1),
+    )
+
+
+def named_sd(model: LensModel, hessian: Tensor) -> Tensor:
+    """Laplace's standard deviations of the named unknowns [n, named] from Hessians [n, size, size]."""
+    return model.split(torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2).sqrt())[0]
+
+
+def separation(model: LensModel, w: Tensor, centre: Tensor, sd: Tensor) -> Tensor:
+    """How far points [n, start, size] are from `centre` [n, size] in any named unknown, in units of `sd` [n, named]."""
+    offset = model.split(w)[0] - model.split(centre)[0][:, None]
+    return (offset.double().abs() / sd[:, None]).amax(-1)
+
+
 def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """At most `steps` damped Gauss-Newton steps with the noise multiplied by `temperature`.
 
-    Every lens has its own damping: a step that does not raise its log posterior is undone and the damping grows
-    fourfold, otherwise it shrinks threefold; one that has converged stays where it is. Returns w [lens, size], log
-    posterior [lens] and the gain of the last step accepted [lens].
+    Every row has its own damping. A step tries three dampings, by the log posterior alone, and takes the best; where
+    none raises it the damping grows and the same derivatives serve again. Rows that have converged cost nothing more.
+    Returns w [n, size], the log posterior at that temperature [n] and whether it has converged [n].
     """
-    identity = torch.eye(model.size, dtype=torch.float64)
+    identity = torch.eye(model.size, dtype=torch.float64, device=w.device)
     w = w.clone()
-    damping = torch.full((len(w),), 1e-2, dtype=torch.float64)
-    value = torch.full((len(w),), -torch.inf, dtype=torch.float64)
-    gain = torch.full((len(w),), torch.inf, dtype=torch.float64)
-    gradient = torch.zeros(len(w), model.size, dtype=torch.float64)
-    hessian = identity.expand(len(w), -1, -1).clone()
-    proposal = w.clone()
-    for _ in range(steps + 1):
-        chi2, d_chi2, hessian_chi2 = model.normal_equations(proposal)
-        proposed = -0.5 * (chi2 / temperature**2 + proposal.double().square().sum(-1))
-        better = (proposed > value) & (gain >= CONVERGED)
-        gain = torch.where(better, proposed - value, gain)
-        damping = torch.where(better, damping / 3, damping * 4).clamp(1e-6, 1e8)
-        row = better[:, None]
-        w, value = torch.where(row, proposal, w), torch.where(better, proposed, value)
-        gradient = torch.where(row, d_chi2 / temperature**2 + proposal.double(), gradient)
-        hessian = torch.where(row[..., None], hessian_chi2 / temperature**2 + identity, hessian)
-        if bool((gain < CONVERGED).all()):
+    value = model.log_density(w, temperature)
+    gradient = torch.zeros(len(w), model.size, dtype=torch.float64, device=w.device)
+    hessian = identity.repeat(len(w), 1, 1)
+    damping = torch.full_like(value, 1e-2)
+    stale, active = torch.isfinite(value), torch.isfinite(value)
+    for _ in range(steps):
+        rows = (stale & active).nonzero()[:, 0]
+        if len(rows):
+            _, d_chi2, hessian_chi2 = model.take(rows).normal_equations(w[rows])
+            gradient[rows] = d_chi2 / temperature**2 + w[rows].double()
+            hessian[rows] = hessian_chi2 / temperature**2 + identity
+        rows = active.nonzero()[:, 0]
+        if not len(rows):
             break
-        damped = hessian + damping[:, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
-        step = torch.linalg.solve(damped, gradient)
-        proposal = (w.double() - step).to(w.dtype).clamp(-8, 8)
-    return w, value, gain
+        trials = torch.tensor(TRIALS, dtype=torch.float64, device=w.device)[:, None] * damping[rows]
+        diagonal = torch.diag_embed(hessian[rows].diagonal(dim1=1, dim2=2))
+        damped = hessian[rows] + trials[..., None, None] * diagonal
+        moves = torch.linalg.solve(damped, gradient[rows].expand(len(TRIALS), -1, -1))
+        proposals = (w[rows].double() - moves).clamp(-FURTHEST, FURTHEST).to(w.dtype)
+        reached = model.take(rows.repeat(len(TRIALS))).log_density(proposals.flatten(0, 1), temperature)
+        best, which = reached.unflatten(0, (len(TRIALS), -1)).nan_to_num(nan=-torch.inf).max(0)
+        better = best > value[rows]
+        gain = torch.where(better, best - value[rows], torch.inf)
+        w[rows] = torch.where(better[:, None], proposals[which, torch.arange(len(rows))], w[rows])
+        damping[rows] = torch.where(better, trials[which, torch.arange(len(rows))], 30 * damping[rows]).clamp(*DAMPING)
+        value[rows] = torch.where(better, best, value[rows])
+        stale[rows] = better
+        active[rows] = (gain >= CONVERGED) & (damping[rows] < DAMPING[1])
+    return w, value, ~active & torch.isfinite(value)

@@ -19,7 +19,7 @@ from lenspipe.image.source_plane import light_centre
 from lenspipe.prior_map import PriorMap
 from lenspipe.source.base import Source, pushed_forward
 
-CHUNK_ELEMENTS = 1_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
+CHUNK_ELEMENTS = 8_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
 
 
 class LensModel:
@@ -47,6 +47,10 @@ class LensModel:
         if any(side % 2 for side in self.simulator.shape):
             return self
         return LensModel(self.batch.coarse(), self.priors, self.source, self.optics)
+
+    def sketched(self, components: int) -> LensModel:
+        """The model of the same lenses with the source's sketch of so many components."""
+        return LensModel(self.batch, self.priors, self.source.sketch(components), self.optics)
 
     def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The unknowns of the named parameters and those of the source."""
@@ -82,9 +86,10 @@ class LensModel:
         """(prediction - data) / noise: [lens, ny, nx]; zero where masked."""
         return (self.image(w) - self.data) * self.weight
 
-    def log_density(self, w: Tensor) -> Tensor:
-        """Log posterior [lens] without its constant, summed in float64."""
-        return -0.5 * (self.residuals(w).double().square().sum((-2, -1)) + w.double().square().sum(-1))
+    def log_density(self, w: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log posterior [lens] without its constant, summed in float64; `temperature` multiplies the noise."""
+        chi2 = self.residuals(w).double().square().sum((-2, -1))
+        return -0.5 * (chi2 / temperature**2 + w.double().square().sum(-1))
 
     def value_and_gradient(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Log posterior [lens] and its gradient [lens, size], by reverse mode."""

@@ -24,6 +24,10 @@ class Source(nn.Module):
         (derivatives,) = pushed_forward(lambda w: (self(w),), w)
         return self(w), derivatives
 
+    def sketch(self, components: int) -> Source:
+        """A source like this one that is cheap enough for the many starts of a search; by default itself."""
+        return self
+
 
 def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor) -> tuple[Tensor, ...]:
     """Derivatives of every output [n, ...] with respect to `at` [n, size]: [n, size, ...] each, in forward mode.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lenspipe.config import LearnedSource as Settings
 from lenspipe.source.base import IMAGE_SIZE, Source, pushed_forward
 from lenspipe.source.latent import FlowLatent, GaussianLatent
+from lenspipe.source.sketch import principal_source
 from lenspipe.source.vae import Decoder
 
 
@@ -22,6 +23,7 @@ class LearnedSource(Source):
         self.decoder, self.latent, self.latents = decoder, latent, latents
         self.basis = nn.Buffer(basis)
         self.size = latents + len(basis)
+        self._sketches: dict[int, Source] = {}
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -45,11 +47,18 @@ class LearnedSource(Source):
         """The residual field [n, 64, 64]."""
         return torch.einsum("nk,kyx->nyx", w[:, self.latents :], self.basis)
 
+    def sketch(self, components: int) -> Source:
+        """The linear source with the mean and the principal components of this one's draws."""
+        if components not in self._sketches:
+            self._sketches[components] = principal_source(self, components)
+        return self._sketches[components]
+
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images, and their derivatives [n, size, 64, 64]; those of the residual field are its basis."""
-        latents = w[:, : self.latents]
-        (of_latents,) = pushed_forward(lambda latents: (self.decoded(latents),), latents)
-        return self(w), torch.cat([of_latents, self.basis.expand(len(w), -1, -1, -1)], 1)
+        unknowns = w[:, : self.latents]
+        (directions,) = pushed_forward(lambda unknowns: (self.latent(unknowns),), unknowns)
+        decoded, of_latents = self.decoder.linearise(self.latent(unknowns), directions)
+        return decoded + self.field(w), torch.cat([of_latents, self.basis.expand(len(w), -1, -1, -1)], 1)
 
 
 def latent_map(settings: Settings, latents: int) -> GaussianLatent | FlowLatent:

@@ -51,6 +51,22 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         return self.blocks(latent[:, :, None, None])[:, 0].to(latent.dtype)
 
+    def linearise(self, latent: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and, in evaluation mode, their derivatives [galaxy, k, 64, 64] along `directions` [galaxy, k, latents].
+
+        Layer by layer: convolutions are linear, the others multiply the derivatives by a slope of every feature.
+        """
+        value, tangent = latent[:, :, None, None], directions.flatten(0, 1)[:, :, None, None]
+        slope: Tensor | float = 1.0
+        for layer in self.blocks:
+            if isinstance(layer, nn.ConvTranspose2d):
+                tangent = layer(_scaled(tangent, slope, len(latent)))
+                value, slope = layer(value), 1.0
+            else:
+                value, own = _with_slope(layer, value)
+                slope = slope * own
+        return value[:, 0], _scaled(tangent, slope, len(latent)).unflatten(0, directions.shape[:2])[:, :, 0]
+
 
 class VAE(nn.Module):
     """Encoder and decoder, with the model and the guide (paper, eqs. 1-4) that Pyro trains.
@@ -96,6 +112,24 @@ def bounded(log_sd: Tensor) -> Tensor:
     low, high = LOG_SD
     below = high - functional.softplus(high - log_sd)
     return low + functional.softplus(below - low)
+
+
+def _scaled(tangent: Tensor, slope: Tensor | float, galaxies: int) -> Tensor:
+    """Derivatives [galaxy * k, channel, y, x], all k of a galaxy times its slopes [galaxy or 1, channel, y, x]."""
+    if not isinstance(slope, Tensor):
+        return tangent
+    return (tangent.unflatten(0, (galaxies, -1)) * slope[:, None]).flatten(0, 1)
+
+
+def _with_slope(layer: nn.Module, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer that acts on every feature alone gives, and its derivative with respect to the feature."""
+    result = layer(value)
+    if isinstance(layer, nn.BatchNorm2d):
+        assert layer.running_var is not None
+        return result, (layer.weight * (layer.running_var + layer.eps).rsqrt())[None, :, None, None]
+    if isinstance(layer, nn.Tanh):
+        return result, 1 - result.square()
+    return result, (result > 0).to(result.dtype)  # ReLU
 
 
 def _down(before: int, after: int) -> nn.Module:

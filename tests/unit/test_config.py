@@ -100,7 +100,7 @@ def test_settings_survive_json() -> None:
         ({"priors": {"gamma1": "Normal(0)"}}, r"has 1 arguments; expected Normal\(mean, sd\)"),
         ({"priors": {"gamma1": "Uniform(1, 0)"}}, r"low \(1\) must be below high \(0\)"),
         ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),
-        ({"fit": {"temperatures": [10, 3]}}, "last of temperatures must be 1"),
+        ({"fit": {"settling_temperatures": [10, 3]}}, "last of settling_temperatures must be 1"),
         ({"mocks": {"systems": 0}}, "nothing to fit"),
         ({"lens": {"components": {"halo": "nfv"}}}, r"lens.components.halo.profile: Input should be 'epl', 'sie'"),
         (

@@ -217,7 +217,7 @@ def test_magnification_and_images(model: tuple[LensModel, Tensor]) -> None:
 
 def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
     lens_model, truth = model
-    settings = Fit(starts=6, survivors=2, temperatures=(30.0, 10.0, 3.0, 1.0), steps_per_temperature=6)
+    settings = Fit(starts=6, survivors=2, scout_pixels=12, temperatures=(30.0, 10.0, 3.0), steps_per_temperature=6)
     found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
     assert bool((found.log_density > lens_model.log_density(truth) - 1).all())
     assert bool((torch.linalg.eigvalsh(found.hessian) > 0.99).all())
@@ -287,7 +287,9 @@ def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) ->
     settings = Fit(
         starts=4,
         survivors=2,
-        temperatures=(10.0, 1.0),
+        scout_pixels=12,
+        temperatures=(10.0,),
+        settling_temperatures=(3.0, 1.0),
         steps_per_temperature=4,
         final_steps=6,
         chains=2,
