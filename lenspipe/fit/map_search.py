@@ -11,6 +11,7 @@ from lenspipe.config import Fit
 from lenspipe.fit.model import LensModel
 
 CONVERGED = 1e-2  # gain in log posterior below which a step at temperature 1 is the last [nat]
+SAME_BASIN = 5.0  # nat that two ends differ by at most, in log posterior and along the quadric between them
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class MapFit:
 
     w: [lens, size]; log_density: [lens]; hessian: [lens, size, size], Gauss-Newton, of minus the log posterior at w;
     start_log_density: [lens, survivor], where the surviving starts ended; converged: [lens].
+    basins_w [lens, basin, size], basins_log_density and basins_log_evidence [lens, basin]: the distinct ends of starts,
+    best first, padded with NaN; the evidence is Laplace's, log density - log det(Hessian) / 2; start_basin: [lens,
+    survivor], the basin each start ended in.
     """
 
     w: Tensor
@@ -26,6 +30,10 @@ class MapFit:
     hessian: Tensor
     start_log_density: Tensor
     converged: Tensor
+    basins_w: Tensor
+    basins_log_density: Tensor
+    basins_log_evidence: Tensor
+    start_basin: Tensor
 
 
 def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
@@ -53,9 +61,33 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     wide = model.take(torch.arange(lenses).repeat_interleave(survivors))
     climbed, reached, _ = climb(wide, w.flatten(0, 1), 1.0, settings.steps_per_temperature)
     reached = reached.unflatten(0, (lenses, survivors))
-    best = climbed.unflatten(0, (lenses, survivors))[torch.arange(lenses), reached.argmax(1)]
+    ends = climbed.unflatten(0, (lenses, survivors))
+    hessians = wide.hessian(climbed).unflatten(0, (lenses, survivors))
+    basins = [torch.stack(part) for part in zip(*map(_basins, ends, reached, hessians), strict=True)]
+    best = ends[torch.arange(lenses), reached.argmax(1)]
     best, log_density, gain = climb(model, best, 1.0, settings.final_steps)
-    return MapFit(best, log_density, model.hessian(best), reached, gain < CONVERGED)
+    return MapFit(best, log_density, model.hessian(best), reached, gain < CONVERGED, *basins)
+
+
+def _basins(w: Tensor, log_density: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one lens: w, log density and log evidence of the basins [n, ...], and the basin of each start [n]."""
+    belongs = torch.full((len(w),), -1)
+    firsts: list[int] = []
+    for end in log_density.argsort(descending=True).tolist():
+        for basin, first in enumerate(firsts):
+            step = (w[end] - w[first]).double()
+            apart = 0.5 * step @ hessian[first] @ step
+            if max(apart, log_density[first] - log_density[end]) < SAME_BASIN:
+                belongs[end] = basin
+                break
+        else:
+            belongs[end] = len(firsts)
+            firsts.append(end)
+    missing = len(w) - len(firsts)
+    evidence = log_density[firsts] - 0.5 * torch.linalg.slogdet(hessian[firsts])[1]
+    columns = (w[firsts], log_density[firsts], evidence)
+    w, log_density, evidence = (torch.cat([c, c.new_full((missing, *c.shape[1:]), torch.nan)]) for c in columns)
+    return w, log_density, evidence, belongs
 
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:
