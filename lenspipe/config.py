@@ -593,15 +593,75 @@ class Fit(Section):
 class Summary(Section):
     """One row a lens, with flags (stage `summary`). A lens beyond a threshold is `flagged`."""
 
-    r_hat_max: float = Field(1.05, gt=1, description="greatest R-hat of any lens parameter")
-    ess_bulk_min: float = Field(100, ge=0, description="least bulk effective sample size of any lens parameter")
-    divergence_fraction_max: float = Field(0.01, ge=0, le=1, description="greatest share of divergent draws")
-    chi2_tolerance: Positive = Field(
-        5.0, description="greatest |chi2 per pixel - 1| in units of its own scatter, sqrt(2 / pixels)"
+    r_hat_max: float = Field(
+        1.05,
+        gt=1,
+        description="greatest R-hat of any lens parameter; at 1.05 all chains together are 5 % wider than one of them",
     )
-    chi2_floor: float = Field(0.02, ge=0, description="|chi2 per pixel - 1| below this is never flagged")
+    ess_bulk_min: float = Field(
+        100,
+        ge=0,
+        description="least bulk effective sample size of any lens parameter; with 100 a mean is known to 0.1 sd",
+    )
+    ess_tail_min: float = Field(
+        100,
+        ge=0,
+        description="least tail effective sample size of any lens parameter; with 100 the share of draws beyond "
+        "a 5 % quantile is known to 2 %",
+    )
+    divergence_fraction_max: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="greatest share of divergent draws; 1 % passes stray steps of a chain that is well tuned",
+    )
+    bfmi_min: float = Field(
+        0.3,
+        ge=0,
+        description="least E-BFMI of a chain; 0.3 is Stan's own threshold, about 1 what a Gaussian has",
+    )
+    predictive_p_min: float = Field(
+        1e-4,
+        gt=0,
+        lt=0.5,
+        description="least predictive p-value of chi2, and of 1 minus it; chance alone flags two in 10,000 good fits",
+    )
+    chi2_floor: float = Field(
+        0.02,
+        ge=0,
+        description="|chi2 per pixel - 1| below this is never flagged: noise maps are not known to better than 1 %",
+    )
+    residual_excess_max: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="greatest excess of the correlation of neighbouring residuals on the arcs; 0.1 is a smooth "
+        "residual of a third of the noise, which moves chi2 by a tenth there",
+    )
+    residual_significance: Positive = Field(
+        4.0,
+        description="an excess of fewer standard errors than this is never flagged; white noise has 4 in one lens of "
+        "10,000",
+    )
+    starts_agreeing_min: Count = Field(
+        2,
+        description="least number of surviving starts that end in the best basin, where there are as many; what one of "
+        "n starts found, n others would miss in a third of all cases, what two of four found in one of 16",
+    )
+    evidence_lead_min: float = Field(
+        5.0,
+        description="least lead of the best basin's log evidence over any other's [nat]; 5 leave the other 1/150 of "
+        "the posterior, and 5 % where Laplace's approximation errs by 2",
+    )
+    prior_depth_max: Positive = Field(
+        3.3,
+        description="greatest median |w| of a named parameter, w standard normal under the prior; beyond 3.3 lies "
+        "0.1 % of the prior, and so one of 12 parameters in 1.2 % of the lenses that the prior does describe",
+    )
     magnification_min: float = Field(
-        2.0, ge=0, description="least magnification of a source whose centre has a single image"
+        2.0,
+        ge=0,
+        description="least magnification of a source whose centre has a single image; a strong lens has more",
     )
 
 

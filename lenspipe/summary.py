@@ -19,6 +19,22 @@ from lenspipe.results import Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
 FROM_DRAWS = ("source_total_flux", "source_lensed_flux", "magnification")
+AS_STORED = (
+    "chi2_per_pixel",
+    "predictive_p",
+    "pixels",
+    "residual_correlation",
+    "residual_excess",
+    "residual_excess_error",
+    "converged",
+    "starts",
+    "starts_agreeing",
+    "evidence_lead",
+    "prior_depth",
+    "prior_depth_of",
+    "seconds",
+)
+TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of")
 
 
 def write_summary(settings: Summary, paths: Results) -> None:
@@ -38,6 +54,8 @@ def write_summary(settings: Summary, paths: Results) -> None:
     table = pd.DataFrame(rows)
     if "converged" in table:  # a lens without a fit has none: FITS knows no missing booleans
         table["converged"] = table["converged"].eq(True)
+    texts = [name for name in TEXTS if name in table]
+    table[texts] = table[texts].fillna("")
     table = table[[*first, *(column for column in table.columns if column not in first)]]
     record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
     out = paths.summary
@@ -47,9 +65,7 @@ def write_summary(settings: Summary, paths: Results) -> None:
         artefact.written_whole(out.with_name("provenance.json")) as provenance,
     ):
         table.to_csv(csv, index=False)
-        Table.from_pandas(table.assign(**{name: ascii_text(table[name]) for name in first[:5]})).write(
-            fits, format="fits"
-        )
+        Table.from_pandas(table.assign(**{name: ascii_text(table[name]) for name in texts})).write(fits, format="fits")
         artefact.write_json(provenance, record)
 
 
@@ -74,11 +90,13 @@ def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
     further = [name for name in draws if name not in PARAMETERS and not is_angle(name)]
     columns |= diagnostics({name: draws[name] for name in (*DIAGNOSED, *further)})
     columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
-    for name in ("chi2_per_pixel", "pixels", "converged", "seconds"):
+    columns["bfmi_min"] = least_bfmi(group["energy"].to_numpy())
+    for name in AS_STORED:
         columns[name] = group[name].to_numpy()
+    lists = {column: values.tolist() for column, values in columns.items()}
     rows = []
     for index, name in enumerate(names):
-        row = {column: values[index].item() for column, values in columns.items()}
+        row = {column: values[index] for column, values in lists.items()}
         flags = find_flags(row, group.sizes["chain"] * group.sizes["draw"], settings)
         rows.append({"name": name, "status": "flagged" if flags else "ok", "flags": " ".join(flags), **row})
     return rows
@@ -109,17 +127,34 @@ def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
     }
 
 
+def least_bfmi(energy: NDArray) -> NDArray:
+    """Least E-BFMI over chains [lens] of the energy at the start of every transition [lens, chain, draw].
+
+    Mean squared difference of successive energies over their variance: how far a new momentum moves the energy,
+    against how far it has to be moved (Betancourt 2016, arXiv:1604.00695).
+    """
+    return array_stats.bfmi(energy).min(-1)
+
+
 def find_flags(row: dict[str, float], draws: int, settings: Summary) -> list[str]:
-    """Why a fit should be looked at: names of the thresholds it fails. A quantity that is not a number fails."""
-    scatter = np.sqrt(2 / row["pixels"])
-    tolerance = max(settings.chi2_floor, settings.chi2_tolerance * scatter)
+    """Why a fit should be looked at: names of the thresholds it fails. A quantity that is not a number fails.
+
+    chi^2 and the correlation of residuals fail by size and by significance, not by one of them alone.
+    """
+    p, chi2, excess = row["predictive_p"], row["chi2_per_pixel"], row["residual_excess"]
     passed = {
         "r_hat": row["r_hat_max"] <= settings.r_hat_max,
-        "ess": row["ess_bulk_min"] >= settings.ess_bulk_min,
+        "ess": row["ess_bulk_min"] >= settings.ess_bulk_min and row["ess_tail_min"] >= settings.ess_tail_min,
         "divergences": row["divergences"] <= settings.divergence_fraction_max * draws,
-        "chi2_high": row["chi2_per_pixel"] <= 1 + tolerance,
-        "chi2_low": row["chi2_per_pixel"] >= 1 - tolerance,
+        "energy": row["bfmi_min"] >= settings.bfmi_min,
+        "chi2_high": p >= settings.predictive_p_min or chi2 <= 1 + settings.chi2_floor,
+        "chi2_low": p <= 1 - settings.predictive_p_min or chi2 >= 1 - settings.chi2_floor,
+        "residuals": excess <= settings.residual_excess_max
+        or excess <= settings.residual_significance * row["residual_excess_error"],
         "map_not_converged": bool(row["converged"]),
+        "lone_start": row["starts_agreeing"] >= min(settings.starts_agreeing_min, row["starts"]),
+        "rival_basin": row["evidence_lead"] >= settings.evidence_lead_min,
+        "prior_edge": row["prior_depth"] <= settings.prior_depth_max,
         "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
     }
     return [name for name, good in passed.items() if not good]

@@ -28,7 +28,7 @@ from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Config, load_config
 from lenspipe.errors import InputError
-from lenspipe.fit import derived, hmc, map_search
+from lenspipe.fit import derived, diagnostics, hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import keep_freed_memory
@@ -217,6 +217,7 @@ def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr
     data["converged"] = ("lens", found.converged.numpy())
     data["step_size"] = ("lens", draws.step_size.numpy())
     data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
+    data |= diagnostics.variables(model, found, draws)
     return xr.Dataset(data | _pictures(model, found.w, draws.w))
 
 

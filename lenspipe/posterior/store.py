@@ -1,7 +1,7 @@
 """Posteriors on disk: one Zarr folder a shard, in it one group for each shape of image.
 
-A group has dimensions lens, chain, draw and, where they apply, latent, start, sample, y, x, source_row,
-source_column:
+A group has dimensions lens, chain, draw and, where they apply, latent, start, basin, sample, y, x, source_row,
+source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 
 | variables | dimensions |
 |---|---|
@@ -11,7 +11,10 @@ source_column:
 | `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
 | `einstein_radius_map` ["], of the critical curve; `images_map`, of the source's centre | lens |
 | `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
-| `start_log_density` | lens, start |
+| `start_log_density`; `start_basin`, the basin that a start ended in, 0 the best | lens, start |
+| `basin_log_density`, `basin_log_evidence` (Laplace), best first, NaN where there are fewer | lens, basin |
+| `predictive_p`, `residual_correlation`, `residual_excess` and its `_error`, `starts, starts_agreeing` | lens |
+| `evidence_lead` [nat]; `prior_depth`, the greatest median of a named unknown's size; `prior_depth_of`, whose | lens |
 | `model_map, model_mean` (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |
 | `source_frame`: x and y of the centre and the full width of those three ["] | lens, frame |

@@ -35,7 +35,7 @@ from lenspipe.report import figures
 from lenspipe.report.source import source_section
 from lenspipe.report.table import Table
 from lenspipe.results import Results
-from lenspipe.summary import unwrapped
+from lenspipe.summary import TEXTS, unwrapped
 
 SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`
 STATES = ("failed", "flagged", "ok")
@@ -54,6 +54,7 @@ CUTS = {
     "signal_to_noise_high": "S/N high",
     "has_neighbour": "neighbour",
 }
+STARTS = ("start_log_density", "start_basin", "basin_log_evidence")
 HEADS = {
     "eti89_lb": "89 % from",
     "eti89_ub": "to",
@@ -64,12 +65,24 @@ HEADS = {
     "mcse_sd": "MCSE sd",
 }
 FLAGS = {
-    "r_hat": "R-hat of a lens parameter above summary.r_hat_max",
-    "ess": "bulk effective sample size of a lens parameter below summary.ess_bulk_min",
-    "divergences": "more divergent draws than summary.divergence_fraction_max allows",
-    "chi2_high": "chi² per pixel above 1 by more than summary.chi2_tolerance allows",
-    "chi2_low": "chi² per pixel below 1 by more than summary.chi2_tolerance allows",
+    "r_hat": "R-hat of a lens parameter above summary.r_hat_max: the chains do not agree",
+    "ess": "bulk or tail effective sample size of a lens parameter below summary.ess_bulk_min or ess_tail_min: "
+    "the chains are too short",
+    "divergences": "more divergent draws than summary.divergence_fraction_max allows: the chains may miss a part",
+    "energy": "E-BFMI of a chain below summary.bfmi_min: the chains may not have reached the posterior's tails",
+    "chi2_high": "chi² higher than the noise explains (summary.predictive_p_min, chi2_floor): "
+    "the model does not fit, or the noise map is too low",
+    "chi2_low": "chi² lower than the noise explains (summary.predictive_p_min, chi2_floor): "
+    "the noise map is too high, as those of drizzled images may be",
+    "residuals": "neighbouring residuals correlate on the arcs more than elsewhere, by more than "
+    "summary.residual_excess_max and summary.residual_significance allow: the model leaves light there",
     "map_not_converged": "the MAP search stopped before it converged",
+    "lone_start": "fewer starts of the MAP search than summary.starts_agreeing_min found the best solution: "
+    "there may be a better one",
+    "rival_basin": "the MAP search found another solution whose evidence is within summary.evidence_lead_min of the "
+    "best one's: the chains may not have seen it",
+    "prior_edge": "most draws of a parameter are further out in its prior than summary.prior_depth_max: "
+    "the prior may not hold for this lens",
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
     "failed": "no posterior; the reason is given",
 }
@@ -109,10 +122,8 @@ def read_summary(path: Path) -> pd.DataFrame:
     """The rows of the stage `summary`, with `anchor`, a lens's place in the page. Raises InputError where missing."""
     if not path.is_file():
         raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
-    table = pd.read_csv(
-        path, dtype={"name": str, "status": str, "flags": str, "reason": str, "origin": str}, **AS_WRITTEN
-    )
-    table = table.fillna({"flags": "", "reason": "", "origin": ""})
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
+    table = table.fillna(dict.fromkeys(TEXTS, ""))
     return table.assign(anchor=[f"lens-{row}" for row in range(len(table))])
 
 
@@ -334,7 +345,7 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
         | {"chi2": number(row, "chi2_per_pixel", ".2f"), "snr": number(row, "snr", ".0f")},
         "figures": {key: figures.embedded(figure) for key, figure in panels.items() if figure is not None},
         "summary": posterior_table(draws, row, truths),
-        "starts": starts_table(images["start_log_density"].to_numpy()),
+        "starts": starts_table(*(images[n].to_numpy() for n in STARTS)),
         "diagnostics": diagnostics_table(row, tree["sample_stats"].to_dataset(), images),
     }
 
@@ -343,19 +354,35 @@ def diagnostics_table(row: dict[str, Any], statistics: Any, images: Any) -> Tabl
     """How the chains of one lens went."""
     rows = [
         ["χ² per pixel at the MAP", number(row, "chi2_per_pixel", ".3f")],
+        ["predictive p-value of χ²", number(row, "predictive_p", ".2g")],
         ["usable pixels", f"{int(images['pixels']):,}"],
+        ["correlation of neighbouring residuals, off the arcs", number(row, "residual_correlation", "+.3f")],
+        ["the same on the arcs, above it", excess_cell(row)],
         ["R-hat, greatest", number(row, "r_hat_max", ".3f")],
         ["ESS bulk, least", number(row, "ess_bulk_min", ".0f")],
         ["ESS tail, least", number(row, "ess_tail_min", ".0f")],
         ["draws", " × ".join(str(statistics.sizes[name]) for name in ("chain", "draw"))],
         ["divergent", number(row, "divergences", ".0f")],
+        ["E-BFMI, least", number(row, "bfmi_min", ".2f")],
         ["mean acceptance", f"{float(statistics['acceptance_rate'].mean()):.2f}"],
+        [
+            "starts that found the best solution",
+            f"{number(row, 'starts_agreeing', '.0f')} of {number(row, 'starts', '.0f')}",
+        ],
+        [f"furthest out in its prior: {row['prior_depth_of'] or 'none'}", number(row, "prior_depth", ".1f") + " σ"],
         ["seconds, MAP and draws", number(row, "seconds", ".1f")],
         ["total magnification", within_error(row, "magnification")],
         ["images of the source's centre, at the MAP", number(row, "images_map", ".0f")],
         ["Einstein radius of the critical curve, at the MAP", number(row, "einstein_radius_map", ".3f") + "″"],
     ]
     return Table(["diagnostic", "value"], rows)
+
+
+def excess_cell(row: dict[str, Any]) -> str:
+    """Excess of the residuals' correlation on the arcs with its error; a dash where there is no arc above the noise."""
+    if not math.isfinite(row["residual_excess_error"]):
+        return "–"
+    return f"{row['residual_excess']:+.3f} ± {row['residual_excess_error']:.3f}"
 
 
 def known_truths(row: dict[str, Any]) -> dict[str, float]:
@@ -420,12 +447,19 @@ def summary_cell(column: str, value: float, digits: int) -> str:
     return f"{value:z.{digits + column.startswith('mcse')}f}"
 
 
-def starts_table(reached: NDArray) -> Table:
-    """Log posterior that each start of the MAP search reached, best first."""
+def starts_table(reached: NDArray, basins: NDArray, evidence: NDArray) -> Table:
+    """Log posterior that each start of the MAP search reached, best first, and the solution that it ended in.
+
+    reached, basins: [start]; evidence: [basin], Laplace's log evidence of the solutions, shown below the first's.
+    """
     order = np.argsort(-np.where(np.isfinite(reached), reached, -np.inf), kind="stable")
     best = reached[order[0]]
-    rows = [[str(start + 1), f"{reached[start]:.1f}", f"{best - reached[start]:.1f}"] for start in order]
-    return Table(["start", "log posterior", "below the best"], rows)
+    rows = []
+    for start in order:
+        basin = int(basins[start])
+        solution = [str(basin + 1), f"{evidence[0] - evidence[basin]:.1f}"] if basin >= 0 else ["–", "–"]
+        rows.append([str(start + 1), f"{reached[start]:.1f}", f"{best - reached[start]:.1f}", *solution])
+    return Table(["start", "log posterior", "below the best", "solution", "log evidence below the first"], rows)
 
 
 # --- the run

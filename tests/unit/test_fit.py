@@ -17,7 +17,7 @@ from torch import Tensor
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
 from lenspipe.errors import InputError
-from lenspipe.fit import derived, hmc, map_search
+from lenspipe.fit import derived, diagnostics, hmc, map_search
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
 from lenspipe.image.light import Light
@@ -221,6 +221,28 @@ def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
     found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
     assert bool((found.log_density > lens_model.log_density(truth) - 1).all())
     assert bool((torch.linalg.eigvalsh(found.hessian) > 0.99).all())
+
+
+def test_diagnostics_of_a_fit(model: tuple[LensModel, Tensor]) -> None:
+    """Of lenses drawn from the model, at the MAP and at the truth: one variable a lens, and no doubt raised."""
+    lens_model, truth = model
+    settings = Fit(starts=6, survivors=3, temperatures=(30.0, 10.0, 3.0, 1.0), steps_per_temperature=6)
+    found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
+    w = truth[:, None, None].expand(-1, 2, 4, -1)
+    value = lens_model.log_density(truth)[:, None, None].expand(-1, 2, 4)
+    variables = diagnostics.variables(lens_model, found, hmc.Draws(w, value, value, value > 0, value, value[:, 0, 0]))
+    assert all(len(values) == 3 for _, values in variables.values())
+    assert variables["basin_log_evidence"][1].shape == variables["start_basin"][1].shape == (3, 3)
+    assert bool((variables["starts_agreeing"][1] >= 1).all())
+    chi2 = lens_model.residuals(truth).square().sum((1, 2)).numpy()
+    np.testing.assert_allclose(diagnostics.chi2_of_draws(hmc.Draws(w, *[value] * 5))[:, 0, 0], chi2, rtol=1e-9)
+    assert (np.abs(variables["predictive_p"][1] - 0.5) < 0.4999).all()
+    excess, error = (variables[name][1] for name in ("residual_excess", "residual_excess_error"))
+    assert (np.abs(excess) < 4 * error).all()
+    depth, parameter = (variables[name][1] for name in ("prior_depth", "prior_depth_of"))
+    named = truth[:, : len(lens_model.priors.free)].abs()
+    np.testing.assert_allclose(depth, named.amax(1))
+    assert parameter.tolist() == [lens_model.priors.free[i] for i in named.argmax(1)]
 
 
 def gaussian_target(precision: Tensor, mean: Tensor) -> hmc.Target:

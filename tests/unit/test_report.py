@@ -76,9 +76,12 @@ def test_pulls_are_counted_over_all_and_over_ok_lenses() -> None:
 
 
 def test_starts_are_listed_best_first_and_the_lost_last() -> None:
-    table = starts_table(np.array([-20.0, -10.0, np.nan]))
-    assert [row[0] for row in table.rows] == ["2", "1", "3"]
-    assert table.rows[1][2] == "10.0"
+    table = starts_table(np.array([-20.0, -10.0, np.nan]), np.array([1, 0, -1]), np.array([-30.0, -37.5, np.nan]))
+    assert table.rows == [
+        ["2", "-10.0", "0.0", "1", "0.0"],
+        ["1", "-20.0", "10.0", "2", "7.5"],
+        ["3", "nan", "nan", "–", "–"],
+    ]
 
 
 def test_rows_spread_evenly() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,14 +11,24 @@ import pytest
 from lenspipe.config import Summary
 from lenspipe.report.page import FLAGS
 from lenspipe.summary import ascii_text, diagnostics, find_flags, unwrapped
+from tests.conftest import ROOT
 
 GOOD = {
     "pixels": 4096,
     "r_hat_max": 1.01,
     "ess_bulk_min": 500.0,
+    "ess_tail_min": 400.0,
     "divergences": 0,
+    "bfmi_min": 0.9,
     "chi2_per_pixel": 1.0,
+    "predictive_p": 0.4,
+    "residual_excess": 0.01,
+    "residual_excess_error": 0.03,
     "converged": True,
+    "starts": 4,
+    "starts_agreeing": 3,
+    "evidence_lead": float("inf"),
+    "prior_depth": 1.5,
     "images_map": 4,
     "magnification_median": 8.0,
 }
@@ -56,9 +68,27 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"ess_bulk_min": 20.0}, ["ess"]),
         ({"divergences": 11}, ["divergences"]),
         ({"divergences": 10}, []),
-        ({"chi2_per_pixel": 1.2}, ["chi2_high"]),
-        ({"chi2_per_pixel": 0.8}, ["chi2_low"]),
-        ({"chi2_per_pixel": float("nan")}, ["chi2_high", "chi2_low"]),
+        ({"ess_tail_min": 20.0}, ["ess"]),
+        ({"bfmi_min": 0.2}, ["energy"]),
+        ({"bfmi_min": float("nan")}, ["energy"]),
+        ({"chi2_per_pixel": 1.2, "predictive_p": 1e-9}, ["chi2_high"]),
+        ({"chi2_per_pixel": 1.2, "predictive_p": 0.01}, []),  # few pixels may scatter more
+        ({"chi2_per_pixel": 1.01, "predictive_p": 1e-9}, []),  # many pixels tell what no noise map is good for
+        ({"chi2_per_pixel": 0.8, "predictive_p": 1.0}, ["chi2_low"]),
+        ({"chi2_per_pixel": 0.8, "predictive_p": 0.5}, []),  # many unknowns: the MAP follows the noise
+        ({"chi2_per_pixel": float("nan"), "predictive_p": float("nan")}, ["chi2_high", "chi2_low"]),
+        ({"residual_excess": 0.2}, ["residuals"]),
+        ({"residual_excess": 0.2, "residual_excess_error": 0.06}, []),
+        ({"residual_excess": 0.08, "residual_excess_error": 0.01}, []),
+        ({"residual_excess": -0.3}, []),
+        ({"starts_agreeing": 1}, ["lone_start"]),
+        ({"starts_agreeing": 2}, []),
+        ({"starts_agreeing": 0}, ["lone_start"]),
+        ({"starts_agreeing": 1, "starts": 1}, []),
+        ({"evidence_lead": 3.0}, ["rival_basin"]),
+        ({"evidence_lead": -8.0}, ["rival_basin"]),
+        ({"evidence_lead": 20.0}, []),
+        ({"prior_depth": 3.6}, ["prior_edge"]),
         ({"images_map": 1}, []),
         ({"images_map": 1, "magnification_median": 1.4}, ["single_image"]),
         ({"images_map": 0, "magnification_median": float("nan")}, ["single_image"]),
@@ -69,14 +99,11 @@ def test_flags(change: dict[str, float], flags: list[str]) -> None:
     assert find_flags(GOOD | change, 1000, Summary()) == flags
 
 
-def test_the_report_explains_every_flag() -> None:
-    bad = {name: float("nan") for name in GOOD} | {"pixels": 4096, "converged": False}
+def test_the_report_and_the_readme_explain_every_flag() -> None:
+    bad = {name: float("nan") for name in GOOD} | {"converged": False}
     assert {*find_flags(bad, 1000, Summary()), "failed"} == FLAGS.keys()
-
-
-def test_few_pixels_may_scatter_more() -> None:
-    """chi^2 per pixel of n pixels scatters by sqrt(2 / n)."""
-    assert find_flags(GOOD | {"pixels": 100, "chi2_per_pixel": 1.5}, 1000, Summary()) == []
+    table = (ROOT / "README.md").read_text().split("| flag | meaning |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLAGS)
 
 
 def test_angles_on_both_sides_of_the_wrap_are_brought_together() -> None:
