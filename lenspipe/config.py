@@ -30,7 +30,7 @@ from pydantic import (
 
 from lenspipe.errors import ConfigError
 from lenspipe.lens.parameters import LIGHT_PROFILES, SERIES_Q_MIN, component_parameters
-from lenspipe.prior_expression import PriorExpression, parse_prior
+from lenspipe.prior_expression import PriorExpression, parse_prior, shared
 
 Prior = Annotated[
     PriorExpression,
@@ -39,7 +39,8 @@ Prior = Annotated[
     WithJsonSchema(
         {
             "type": ["string", "number"],
-            "description": "a prior such as Normal(0, 0.1), or a number that fixes the parameter",
+            "description": "a prior such as Normal(0, 0.1) or Laplace(0, 0.1), a number that fixes the parameter, or "
+            "the name of another parameter of the lens, whose value it shares",
         }
     ),
 ]
@@ -280,6 +281,10 @@ class SersicSource(Section):
     def _within_their_domains(self) -> SersicSource:
         for name, low, high in (("R_sersic", 0, math.inf), ("n_sersic", 0.3, 10), ("e1", -0.7, 0.7), ("e2", -0.7, 0.7)):
             value = getattr(self, name)
+            if value.distribution == "Shared":
+                raise ValueError(
+                    f"{name} = {value}: expected a prior or a number; only parameters of the lens are shared"
+                )
             if not (low <= value.support[0] and value.support[1] <= high):
                 raise ValueError(f"{name} = {value} reaches outside [{low:g}, {high:g}]; truncate it")
         if all(prior.distribution == "Fixed" for prior in self.expressions().values()):
@@ -423,7 +428,8 @@ DOMAINS = {
 class Priors(Section):
     """Priors of the lens and of the source's place, size and flux; mocks are drawn from them, fits use them.
 
-    Give `theta_E` or `r_Ein` (the paper's, theta_E = sqrt(q) r_Ein), and `e1, e2` or `q, phi`.
+    Give `theta_E` or `r_Ein` (the paper's, theta_E = sqrt(q) r_Ein), and `e1, e2` or `q, phi`. The name of another
+    parameter in place of a prior, `theta_E, q, phi` always among them, is the value of that one.
     """
 
     theta_E: Prior | None = Field(None, description='Einstein radius on the intermediate axis ["]')
@@ -467,13 +473,46 @@ class Priors(Section):
         return self
 
     @model_validator(mode="after")
+    def _shared_with_what_there_is(self) -> Priors:
+        given = self.expressions()
+        derived = [*(["q", "phi"] if self.e1 is not None else []), *(["theta_E"] if self.r_Ein is not None else [])]
+        for name, other in shared(given).items():
+            if other not in (*given, *derived):
+                close = difflib.get_close_matches(other, [*given, *derived], n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join([*given, *derived])}"
+                raise ValueError(f"{name} = {given[name]}: no parameter {other}; {hint}")
+            if other in derived and name in ("r_Ein", "e1", "e2", "q"):
+                raise ValueError(f"{name} = {given[name]}: {other} is derived itself; share a parameter with a prior")
+        return self
+
+    @model_validator(mode="after")
     def _within_their_domains(self) -> Priors:
         own = {name: name for name in type(self).model_fields}
         for name, prior in self.expressions().items():
             low, high = DOMAINS.get(own.get(name, name.partition("_")[2]), (-math.inf, math.inf))
-            if not (low <= prior.support[0] and prior.support[1] <= high):
-                raise ValueError(f"{name} = {prior} reaches outside [{low:g}, {high:g}]; truncate it")
+            least, greatest = self.support(name)
+            if not (low <= least and greatest <= high):
+                found = f"{prior}, in [{least:g}, {greatest:g}]," if prior.distribution == "Shared" else prior
+                raise ValueError(f"{name} = {found} reaches outside [{low:g}, {high:g}]; truncate it")
         return self
+
+    def support(self, name: str) -> tuple[float, float]:
+        """The interval outside which a parameter, given or derived, cannot be; shared ones have that of the other."""
+        given = self.expressions()
+        name = shared(given).get(name, name)
+        if name in given:
+            return given[name].support
+        if name == "phi":
+            return -math.pi / 2, math.pi / 2
+        q = 2 / (1 + self.greatest_ellipticity()) - 1 if self.q is None else self.support("q")[0]
+        if name == "q":
+            return q, 1.0
+        low, high = self.support("r_Ein")
+        return math.sqrt(max(q, 0)) * low, high
+
+    def greatest_ellipticity(self) -> float:
+        """The length of the greatest (e1, e2) that their priors reach."""
+        return math.hypot(*(max(map(abs, self.support(name))) for name in ("e1", "e2")))
 
     def expressions(self) -> dict[str, PriorExpression]:
         """The priors that are given, by name, in the order of the fields; those of components and light last."""
@@ -706,7 +745,7 @@ class Config(Section):
         if both := sorted(set(mass) & set(light)):
             found.append(f"lens.components and lens.light both have {', '.join(both)}; give one of them another name")
         if self.lens.deflection == "table":
-            table, gamma = self.deflection_table, self.priors.gamma.support
+            table, gamma = self.deflection_table, self.priors.support("gamma")
             if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:
                 found.append(
                     f"priors.gamma ({self.priors.gamma}) reaches outside the deflection table "
@@ -714,7 +753,11 @@ class Config(Section):
                 )
         for name, component in self.lens.components.items():
             axis_ratio = self.priors.components.get(f"{name}_q")
-            if component.profile == "epl" and axis_ratio is not None and axis_ratio.support[0] < SERIES_Q_MIN:
+            if (
+                component.profile == "epl"
+                and axis_ratio is not None
+                and self.priors.support(f"{name}_q")[0] < SERIES_Q_MIN
+            ):
                 found.append(
                     f"priors.components.{name}_q ({axis_ratio}) reaches below {SERIES_Q_MIN}, the least axis ratio of "
                     "the series that components are computed by; truncate it"
@@ -725,12 +768,12 @@ class Config(Section):
                 "source_flux = 1; with lens.light the brightest pixel of the image does not tell it"
             )
         least = self.deflection_table.q_min if self.lens.deflection == "table" else SERIES_Q_MIN
-        if self.priors.q is not None and self.priors.q.support[0] < least:
+        if self.priors.q is not None and self.priors.support("q")[0] < least:
             remedy = " or lower deflection_table.q_min" if self.lens.deflection == "table" else ""
             reach = f"the deflection {self.lens.deflection} [{least}, 1]"
             found.append(f"priors.q ({self.priors.q}) reaches outside {reach}; truncate the prior{remedy}")
         if self.priors.e1 is not None and self.priors.e2 is not None:
-            corner = math.hypot(*(max(map(abs, prior.support)) for prior in (self.priors.e1, self.priors.e2)))
+            corner = self.priors.greatest_ellipticity()
             if not corner <= (1 - least) / (1 + least):
                 found.append(
                     f"priors.e1 ({self.priors.e1}) and priors.e2 ({self.priors.e2}) reach an ellipticity of "

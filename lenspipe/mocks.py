@@ -6,7 +6,9 @@ parameters are drawn from the priors. Every system is written once per noise lev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -44,16 +46,16 @@ def write_mocks(config: Config, paths: Results) -> None:
         folder.mkdir()
         for system in track(range(settings.systems), description="mocks"):
             generator = torch.Generator().manual_seed(seed_for(config.seed, "mocks", system))
-            parameters = draw_parameters(PriorMap(config.priors.expressions()), generator)
+            priors = PriorMap(config.priors.expressions())
             if prior is None:
                 galaxy = system % len(images)
                 picture = denoised(images[galaxy], noise_sds[galaxy])
                 field = settings.image_size * settings.pixel_scale
-                parameters["source_size"] = torch.full(
-                    (1,), settings.source_extent * field / light_extent(picture)
-                ).double()
+                size = settings.source_extent * field / light_extent(picture)
+                parameters = draw_parameters(priors, generator, {"source_size": size})
                 origin = names[galaxy]
             else:
+                parameters = draw_parameters(priors, generator)
                 latent = torch.randn(1, prior.size, generator=generator)
                 picture = prior(latent)[0].double().numpy()
                 origin = "prior"
@@ -63,9 +65,13 @@ def write_mocks(config: Config, paths: Results) -> None:
         artefact.write_record(folder, artefact.provenance("mocks", used, inputs, config.seed))
 
 
-def draw_parameters(priors: PriorMap, generator: torch.Generator) -> Parameters:
-    """One draw of the named parameters, canonical ones filled in: [1] each, float64."""
-    return canonical(priors(torch.randn(1, len(priors.free), generator=generator, dtype=torch.float64)))
+def draw_parameters(
+    priors: PriorMap, generator: torch.Generator, known: Mapping[str, float] = MappingProxyType({})
+) -> Parameters:
+    """One draw of the named parameters but those `known`, canonical ones filled in: [1] each, float64."""
+    drawn = priors(torch.randn(1, len(priors.free), generator=generator, dtype=torch.float64))
+    given = {name: torch.tensor([value], dtype=torch.float64) for name, value in known.items()}
+    return canonical(drawn | given, priors.shared)
 
 
 def light_extent(image: np.ndarray, share: float = LIGHT_SHARE) -> float:

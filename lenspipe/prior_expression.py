@@ -1,5 +1,7 @@
 """One prior per parameter, written in config as a call: `Normal(0, 0.1)`, `Uniform(0.2, 1)`, or a number to fix it.
 
+The name of another parameter instead is a value that both share.
+
 The text is parsed, never evaluated. Distributions and the meaning of their arguments:
 
 | text                                 | density                                                |
@@ -9,12 +11,17 @@ The text is parsed, never evaluated. Distributions and the meaning of their argu
 | `Uniform(low, high)`                 | constant on [low, high]                                |
 | `LogNormal(median, sd)`              | Gaussian in the natural logarithm, `sd` in log units   |
 | `1.5`                                | fixed at that value                                    |
+| `center_x`                           | the value of that parameter                            |
+| `Laplace(0, 0.1)`, `HalfNormal(0.3)` ... | Pyro's: any of a single real number that has an inverse CDF |
+
+Arguments named by keywords are those of Pyro's distribution, whatever it is called: `LogNormal(loc=0, scale=1)`.
 """
 
 from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 ARGUMENTS = {
@@ -28,15 +35,23 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class PriorExpression:
-    """A parsed prior: the name of its distribution and its arguments, in the units of the parameter."""
+    """A parsed prior: the name of its distribution and its arguments, in the units of the parameter.
+
+    keywords: arguments given by name, of Pyro's distributions alone; other: the parameter that shares its value.
+    """
 
     distribution: str
-    arguments: tuple[float, ...]
+    arguments: tuple[float, ...] = ()
+    keywords: tuple[tuple[str, float], ...] = ()
+    other: str = ""
 
     def __str__(self) -> str:
         if self.distribution == "Fixed":
             return _exact(self.arguments[0])
-        return f"{self.distribution}({', '.join(map(_exact, self.arguments))})"
+        if self.distribution == "Shared":
+            return self.other
+        numbers = [*map(_exact, self.arguments), *(f"{name}={_exact(value)}" for name, value in self.keywords)]
+        return f"{self.distribution}({', '.join(numbers)})"
 
     def __getattr__(self, name: str) -> float:
         if name.startswith("__") or name in ("distribution", "arguments"):  # a copy in the making has neither yet
@@ -47,8 +62,17 @@ class PriorExpression:
             raise AttributeError(name) from None
 
     @property
+    def is_pyros(self) -> bool:
+        """Whether the distribution is Pyro's and not one of those listed above."""
+        return bool(self.keywords) or self.distribution not in (*ARGUMENTS, "Shared")
+
+    @property
     def support(self) -> tuple[float, float]:
-        """The interval outside which the density is zero."""
+        """The interval outside which the density is zero; all numbers where the value is another parameter's."""
+        if self.is_pyros:
+            from lenspipe import pyro_prior  # heavy
+
+            return pyro_prior.support(self.distribution, self.arguments, self.keywords)
         match self.distribution:
             case "TruncatedNormal" | "Uniform":
                 return self.low, self.high
@@ -63,29 +87,57 @@ class PriorExpression:
 def parse_prior(text: str | float | int) -> PriorExpression:
     """Parse one prior.
 
-    Raises ValueError, with the accepted forms, where the text is no call of a known distribution,
-    the number of arguments is wrong, a width is not positive or a lower bound is not below the upper one.
+    Raises ValueError, with the accepted forms, where the text is no call of a known distribution, the arguments are
+    wrong, a width is not positive, a lower bound is not below the upper one or Pyro refuses the numbers.
     """
     if isinstance(text, bool) or not isinstance(text, str | float | int):
         raise ValueError(f"expected a prior such as Normal(0, 0.1) or a number, found {text!r}")
     if not isinstance(text, str):
         return PriorExpression("Fixed", (float(text),))
     try:
-        name, arguments = _call(ast.parse(text.strip(), mode="eval").body)
+        prior = _read(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError):
-        raise ValueError(f"cannot read the prior {text!r}; write one of {_forms()}, or a number") from None
-    if name not in ARGUMENTS:
-        raise ValueError(f"unknown distribution {name!r} in {text!r}; known: {_forms()}")
-    if len(arguments) != len(ARGUMENTS[name]):
-        raise ValueError(f"{text!r} has {len(arguments)} arguments; expected {_form(name)}")
-    prior = PriorExpression(name, tuple(arguments))
-    named = dict(zip(ARGUMENTS[name], arguments, strict=True))
+        raise ValueError(
+            f"cannot read the prior {text!r}; write one of {_forms()}, one of Pyro's, a number, or another parameter"
+        ) from None
+    if prior.is_pyros:
+        try:
+            _ = prior.support
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}; besides, without keywords, {_forms()}") from None
+    elif prior.distribution != "Shared":
+        _check(prior, text)
+    return prior
+
+
+def _check(prior: PriorExpression, text: str) -> None:
+    expected = ARGUMENTS[prior.distribution]
+    if len(prior.arguments) != len(expected):
+        raise ValueError(f"{text!r} has {len(prior.arguments)} arguments; expected {_form(prior.distribution)}")
+    named = dict(zip(expected, prior.arguments, strict=True))
     for width in ("sd", "median"):
         if width in named and not named[width] > 0:
             raise ValueError(f"{text!r}: {width} must be above zero, found {named[width]:g}")
     if "low" in named and not named["low"] < named["high"]:
         raise ValueError(f"{text!r}: low ({named['low']:g}) must be below high ({named['high']:g})")
-    return prior
+
+
+def shared(priors: Mapping[str, PriorExpression]) -> dict[str, str]:
+    """Every parameter that shares the value of another, with the one at the end of its chain.
+
+    Raises ValueError where a chain comes back to itself.
+    """
+    ends = {}
+    for name in priors:
+        chain = [name]
+        while name in priors and priors[name].distribution == "Shared":
+            name = priors[name].other
+            chain.append(name)
+            if name in chain[:-1]:
+                raise ValueError(f"{' = '.join(chain)}: share each other's value, and none has a prior")
+        if len(chain) > 1:
+            ends[chain[0]] = name
+    return ends
 
 
 def _exact(number: float) -> str:
@@ -93,10 +145,15 @@ def _exact(number: float) -> str:
     return repr(number).removesuffix(".0")
 
 
-def _call(node: ast.expr) -> tuple[str, list[float]]:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        return node.func.id, [_number(a) for a in node.args]
-    return "Fixed", [_number(node)]
+def _read(node: ast.expr) -> PriorExpression:
+    if isinstance(node, ast.Name):
+        return PriorExpression("Shared", other=node.id)
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        return PriorExpression("Fixed", (_number(node),))
+    keywords = {keyword.arg: _number(keyword.value) for keyword in node.keywords if keyword.arg}
+    if len(keywords) < len(node.keywords):
+        raise ValueError("a keyword twice, or none")
+    return PriorExpression(node.func.id, tuple(map(_number, node.args)), tuple(keywords.items()))
 
 
 def _number(node: ast.expr) -> float:

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.special import ndtr, ndtri
+from torch.special import ndtri
 
-from lenspipe.prior_expression import PriorExpression
+from lenspipe.prior_expression import PriorExpression, shared
+from lenspipe.pyro_prior import ndtr, quantile
 
 
 def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
     """The value whose quantile in the prior is that of `w` in the standard normal. Smooth, increasing; any shape."""
+    if prior.is_pyros:
+        return quantile(prior.distribution, prior.arguments, prior.keywords, w)
     match prior.distribution:
         case "Normal":
             return prior.mean + prior.sd * w
@@ -42,14 +45,17 @@ def _ndtr(x: float) -> float:
 class PriorMap:
     """The priors of the named parameters of a lens, together: w [lens, free] to {name: [lens]}.
 
-    Computed in float64, where a quantile near 0 or 1 keeps its digits, and returned in the precision of `w`.
+    Computed in float64, where a quantile near 0 or 1 keeps its digits, and returned in the precision of `w`. Those that
+    share the value of another are left out; `shared` has each with the one at the end of its chain, for `canonical`.
     """
 
     def __init__(self, priors: Mapping[str, PriorExpression]):
         self.priors = dict(priors)
-        self.free = [name for name, prior in self.priors.items() if prior.distribution != "Fixed"]
+        self.own = {name: prior for name, prior in self.priors.items() if prior.distribution != "Shared"}
+        self.free = [name for name, prior in self.own.items() if prior.distribution != "Fixed"]
+        self.shared = shared(self.priors)
 
     def __call__(self, w: Tensor) -> dict[str, Tensor]:
         column = dict(zip(self.free, w.double().unbind(-1), strict=True))
         blank = torch.zeros(w.shape[:-1], dtype=torch.float64, device=w.device)
-        return {name: from_normal(prior, column.get(name, blank)).to(w.dtype) for name, prior in self.priors.items()}
+        return {name: from_normal(prior, column.get(name, blank)).to(w.dtype) for name, prior in self.own.items()}

@@ -58,8 +58,8 @@ class LensModel:
         return w[..., :n], w[..., n:]
 
     def parameters(self, w: Tensor) -> Parameters:
-        """Named parameters [lens], those of config and the canonical ones."""
-        return canonical(self.priors(self.split(w)[0]))
+        """Named parameters [lens], those of config and the canonical ones; w may lack the source's unknowns."""
+        return canonical(self.priors(self.split(w)[0]), self.priors.shared)
 
     def source_frame(self, w: Tensor) -> Tensor:
         """Where the decoded image lies in the source plane: x and y of its centre and its full width ["], [lens, 3]."""
@@ -114,7 +114,7 @@ class LensModel:
         d_centre_u, d_centre_v = moved_centre(source, d_source)
 
         def geometry(named: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            p = canonical(self.priors(named))
+            p = self.parameters(named)
             return *self.simulator.source_points(p, centre), p["source_flux"][:, None, None]
 
         u, v, flux = geometry(named)
@@ -135,7 +135,7 @@ class LensModel:
         if "background" in self.priors.priors:
 
             def background(named: Tensor) -> tuple[Tensor]:
-                return (self.priors(named)["background"],)
+                return (self.parameters(named)["background"],)
 
             images[:, 0] += background(named)[0][:, None, None]
             images[:, 1 : 1 + named.shape[1]] += pushed_forward(background, named)[0][..., None, None]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,14 +24,17 @@ Parameters = dict[str, Tensor]
 Brightness = Callable[[Tensor, Tensor], Tensor]
 
 
-def canonical(parameters: Parameters) -> Parameters:
-    """The parameters with `theta_E, q, phi` filled in from `r_Ein` or `e1, e2` where those were given; all [lens]."""
-    filled = dict(parameters)
+def canonical(parameters: Parameters, shared: Mapping[str, str] = MappingProxyType({})) -> Parameters:
+    """The parameters with `theta_E, q, phi` filled in from `r_Ein` or `e1, e2` where those were given; all [lens].
+
+    shared: parameters that are not given, each with the one whose value it shares, which may be one filled in.
+    """
+    filled = {name: parameters[other] for name, other in shared.items() if other in parameters} | parameters
     if "q" not in filled:
         filled["q"], filled["phi"] = axis_ratio(filled["e1"], filled["e2"])
     if "theta_E" not in filled:
         filled["theta_E"] = theta_E_from_r_Ein(filled["r_Ein"], filled["q"])
-    return filled
+    return {name: filled[other] for name, other in shared.items()} | filled
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lenspipe.report import figures
 from lenspipe.report.source import source_section
 from lenspipe.report.table import Table
 from lenspipe.results import Results
-from lenspipe.summary import TEXTS, unwrapped
+from lenspipe.summary import TEXTS, is_angle, unwrapped
 
 SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`
 STATES = ("failed", "flagged", "ok")
@@ -326,7 +326,8 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
     name = str(row["name"])
     tree = posterior(paths.fit, name)
     draws = tree["posterior"].to_dataset()
-    draws["phi"] = (("chain", "draw"), unwrapped(draws["phi"].to_numpy()[None].astype(float))[0])
+    for angle in filter(is_angle, parameter_names(draws)):
+        draws[angle] = (("chain", "draw"), unwrapped(draws[angle].to_numpy()[None].astype(float))[0])
     further = [n for n in parameter_names(draws) if n not in PARAMETERS]
     images = tree["images"]
     truths = known_truths(row)
@@ -386,11 +387,12 @@ def excess_cell(row: dict[str, Any]) -> str:
 
 
 def known_truths(row: dict[str, Any]) -> dict[str, float]:
-    """True parameters of a lens; phi is moved to the half turn of the posterior."""
+    """True parameters of a lens; position angles are moved to the half turn of the posterior."""
     further = [key.removeprefix("true_") for key in row if key.startswith("true_")]
     truths = {name: float(row.get(f"true_{name}", math.nan)) for name in (*PARAMETERS, *further)}
-    truths["phi"] = float(near(truths["phi"], row["phi_median"])) if math.isfinite(truths["phi"]) else math.nan
-    return {name: value for name, value in truths.items() if math.isfinite(value)}
+    known = {name: value for name, value in truths.items() if math.isfinite(value)}
+    angles = [name for name in known if is_angle(name) and f"{name}_median" in row]
+    return known | {name: float(near(known[name], row[f"{name}_median"])) for name in angles}
 
 
 def image_figure(images: Any, entry: pd.Series, name: str, catalogue: Path) -> Figure:
@@ -425,7 +427,7 @@ def posterior_table(draws: xr.Dataset, row: dict[str, Any], truths: dict[str, fl
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = arviz_stats.summary(xr.DataTree.from_dict({"posterior": draws[names]}), round_to="none")
-    row = row | {"phi_map": near(row["phi_map"], row["phi_median"])}
+    row = row | {f"{n}_map": near(row[f"{n}_map"], row[f"{n}_median"]) for n in filter(is_angle, names)}
     rows = []
     for name, values in table.iterrows():
         digits = decimals(float(values["sd"]))

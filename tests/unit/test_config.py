@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 
@@ -101,6 +104,48 @@ def test_settings_survive_json() -> None:
         ({"priors": {"gamma1": "Uniform(1, 0)"}}, r"low \(1\) must be below high \(0\)"),
         ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),
         ({"fit": {"settling_temperatures": [10, 3]}}, "last of settling_temperatures must be 1"),
+        (
+            {"priors": {"gamma": "Laplace(2, 0.1)"}},
+            r"gamma = Laplace\(2, 0.1\) reaches outside \[1, 3\]; truncate it",
+        ),
+        ({"priors": {"theta_E": "Gumbel(1, 0.1)"}}, r"theta_E = Gumbel\(1, 0.1\) reaches outside \[0, inf\]"),
+        ({"priors": {"gamma1": "Laplace(0)"}}, r"missing a required argument: 'scale'; expected Laplace\(loc, scale\)"),
+        ({"priors": {"gamma1": "Laplace(0, -1)"}}, r"'Laplace\(0, -1\)': Pyro refuses .* GreaterThan\(lower_bound=0"),
+        ({"priors": {"gamma1": "HalfNormal(1, 1)"}}, r"too many positional arguments; expected HalfNormal\(scale\)"),
+        ({"priors": {"gamma1": "Laplace(0, 1e999)"}}, "expected finite numbers"),
+        ({"priors": {"gamma1": "Laplace(0, scale=1, scale=2)"}}, "cannot read the prior"),
+        *(
+            ({"priors": {"gamma1": text}}, r"gamma1: .* has no continuous inverse CDF .*; known are those .* Laplace")
+            for text in (
+                "Beta(2, 3)",
+                "Gamma(2, 1)",
+                "StudentT(3)",
+                "InverseGamma(2, 1)",
+                "Poisson(3)",
+                "VonMises(0, 1)",
+            )
+        ),
+        ({"priors": {"gamma1": "LogisticNormal(0, 1)"}}, "not a distribution of one number"),
+        ({"priors": {"gamma1": "Dirichlet(1)"}}, "Pyro refuses the arguments of Dirichlet"),
+        ({"priors": {"gamma1": "gamma3"}}, r"gamma1 = gamma3: no parameter gamma3; did you mean gamma"),
+        ({"priors": {"gamma1": "xxxxxx"}}, r"no parameter xxxxxx; there are theta_E, .*, q, phi"),
+        ({"priors": {"center_x": "e1", "e1": "e2", "e2": "e1"}}, "e1 = e2 = e1: share each other's value"),
+        ({"priors": {"source_x": "source_x"}}, "source_x = source_x: share each other's value"),
+        ({"priors": {"e1": "phi"}}, "e1 = phi: phi is derived itself"),
+        ({"priors": {"theta_E": "q", "source_x": "r_Ein"}}, "no parameter r_Ein"),
+        (
+            {"priors": {"source_size": "source_x"}},
+            r"source_size = source_x, in \[-inf, inf\], reaches outside \[0, inf\]",
+        ),
+        (
+            {"priors": {"light": {"bulge_n_sersic": "q"}}},
+            r"bulge_n_sersic = q, in \[0.222198, 1\], reaches outside \[0.36, inf\]",
+        ),
+        (
+            {"priors": {"gamma": "source_size", "source_size": "Uniform(1.05, 2)"}},
+            "reaches outside the deflection table",
+        ),
+        ({"source": {"kind": "sersic", "e1": "e2"}}, "e1 = e2: expected a prior or a number"),
         ({"mocks": {"systems": 0}}, "nothing to fit"),
         ({"lens": {"components": {"halo": "nfv"}}}, r"lens.components.halo.profile: Input should be 'epl', 'sie'"),
         (
@@ -179,7 +224,43 @@ def test_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         expand_path("${LENSPIPE_DATA}/lenses")
 
 
-@pytest.mark.parametrize("text", ["Normal(0, 0.1)", "TruncatedNormal(2, 0.2, 1.3, 2.7)", "LogNormal(2, 0.4)", "1.5"])
+def test_shared_parameters_have_the_support_of_the_other() -> None:
+    """Of another prior, through a chain, and of what the model derives."""
+    light = {"bulge_q": "q", "bulge_phi": "phi", "bulge_sd": "theta_E", "bulge_amplitude": "bulge_sd"}
+    own = {"r_Ein": "Uniform(1, 2)", "e1": "Uniform(-0.3, 0.3)", "e2": "Uniform(-0.4, 0.4)"}
+    light |= {"bulge_center_x": "center_x", "bulge_center_y": "0"}
+    config = load_config(
+        {
+            "lens": {"light": {"bulge": "gaussian"}},
+            "priors": {**own, "light": light},
+        }
+    )
+    supports = [config.priors.support(name) for name in light]
+    assert supports[0] == pytest.approx((1 / 3, 1))
+    assert supports[1] == pytest.approx((-np.pi / 2, np.pi / 2))
+    assert supports[2] == supports[3] == pytest.approx((3**-0.5, 2))
+    assert supports[4] == (-np.inf, np.inf)
+    assert load_config(config.model_dump(mode="json")) == config
+
+
+def test_priors_of_ones_own_need_neither_torch_nor_pyro() -> None:
+    code = "import sys, lenspipe.config as c; c.load_config({}); assert not {'torch', 'pyro'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Normal(0, 0.1)",
+        "TruncatedNormal(2, 0.2, 1.3, 2.7)",
+        "LogNormal(2, 0.4)",
+        "1.5",
+        "Laplace(0, 0.1)",
+        "Weibull(1, concentration=2)",
+        "LogNormal(loc=0, scale=1)",
+        "center_x",
+    ],
+)
 def test_priors_survive_their_text(text: str) -> None:
     assert str(parse_prior(text)) == text
     assert parse_prior(str(parse_prior(text))) == parse_prior(text)

@@ -129,6 +129,7 @@ def test_components_are_part_of_the_model(model: tuple[LensModel, Tensor]) -> No
 SPHERE = {"far_theta_E": "Normal(0.1, 0.02)", "far_center_x": "0.8", "far_center_y": "0.4"}
 BULGE = {"bulge_amplitude": "LogNormal(0.5, 0.3)", "bulge_sd": "LogNormal(0.4, 0.2)", "bulge_q": "0.8"}
 BULGE |= {"bulge_phi": "0.3", "bulge_center_x": "Normal(0, 0.1)", "bulge_center_y": "0"}
+WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x", "background": "bulge_center_x"}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ BULGE |= {"bulge_phi": "0.3", "bulge_center_x": "Normal(0, 0.1)", "bulge_center_
     [
         (Optics(build_table(65, (16, 0.1), (10, 1.1, 2.9)), supersampling=2), {}),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | {"background": "Normal(0, 0.1)"}),
+        (Optics(light=Light({"bulge": "gaussian"})), BULGE | WITH_THE_MASS | {"gamma2": "Laplace(0, 0.05)"}),
         (
             Optics(
                 line_of_sight=LineOfSight(
@@ -145,12 +147,13 @@ BULGE |= {"bulge_phi": "0.3", "bulge_center_x": "Normal(0, 0.1)", "bulge_center_
             SPHERE,
         ),
     ],
-    ids=["table", "light", "planes"],
+    ids=["table", "light", "shared", "planes"],
 )
 def test_every_part_of_the_forward_model_has_its_derivatives(
     model: tuple[LensModel, Tensor], optics: Optics, further: dict[str, str]
 ) -> None:
-    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, and two planes."""
+    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, its own or with the
+    centre, axis ratio and angle of the mass, and two planes."""
     own = {name: parse_prior(text) for name, text in further.items()}
     wider = LensModel(model[0].batch, PriorMap(Config().priors.expressions() | own), model[0].source, optics)
     w = 0.4 * torch.randn(3, wider.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -162,6 +165,8 @@ def test_every_part_of_the_forward_model_has_its_derivatives(
     moved = [name for name in further if name in wider.priors.free]
     columns = [wider.priors.free.index(name) for name in moved]
     assert bool((jacobian[0, :, columns].abs().amax(0) > 1e-3).all())
+    for name, other in wider.priors.shared.items():
+        torch.testing.assert_close(wider.parameters(w)[name], wider.parameters(w)[other], rtol=0, atol=0)
 
 
 def test_gradient_follows_from_the_jacobian(model: tuple[LensModel, Tensor]) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from astropy.io import fits
 
 from lenspipe.config import Config, load_config
 from lenspipe.galaxies.denoise import denoised
-from lenspipe.mocks import light_extent, write_mocks
+from lenspipe.mocks import draw_parameters, light_extent, write_mocks
+from lenspipe.prior_expression import parse_prior
+from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.source.stage import write_source
 
@@ -72,6 +75,18 @@ def settings(systems: int, seed: int = 1) -> Config:
             },
         }
     )
+
+
+def test_what_shares_the_size_of_the_source_shares_that_of_the_galaxy() -> None:
+    priors = PriorMap({name: parse_prior(text) for name, text in SHARING.items()})
+    generator = torch.Generator().manual_seed(1)
+    drawn = draw_parameters(priors, generator, {"source_size": 0.7})
+    assert float(drawn["halo_Rs"]) == float(drawn["source_size"]) == 0.7
+    assert float(drawn["halo_theta_E"]) == float(drawn["theta_E"]) == pytest.approx(float(drawn["q"]) ** 0.5)
+
+
+SHARING = {"r_Ein": "1", "e1": "Laplace(0, 0.1)", "e2": "0.1", "source_size": "LogNormal(2, 0.4)"}
+SHARING |= {"halo_Rs": "source_size", "halo_theta_E": "theta_E"}
 
 
 def image(paths: Results, name: str) -> np.ndarray:
