@@ -593,6 +593,9 @@ class Fit(Section):
 
     shard_size: Count = Field(500, description="lenses in one job")
     batch_size: Count = Field(5, description="lenses fitted together in one batched program")
+    search: Literal["gauss_newton", "adam"] = Field(
+        "gauss_newton", description="MAP search; adam, the paper's, compares"
+    )
     starts: Count = Field(24, description="starting points of the MAP search per lens, the scouts")
     scouts: Count = Field(8, description="scouts that go on after every rung of the ladder of temperatures")
     scout_pixels: int = Field(
@@ -613,18 +616,27 @@ class Fit(Section):
     )
     steps_per_temperature: Count = Field(8, description="greatest number of Gauss-Newton steps at each temperature")
     final_steps: Count = Field(60, description="greatest number of Gauss-Newton steps on all pixels")
+    adam_steps: Count = Field(10_000, description="steps of Adam, where it is the search; the paper's number")
+    adam_learning_rate: Positive = Field(0.02, description="its first learning rate; it falls to zero")
+    sampler: Literal["hmc", "pyro_nuts", "pyro_hmc", "svi_full_rank", "svi_low_rank"] = Field(
+        "hmc", description="what draws from the posterior; all but hmc are for comparison, one lens at a time"
+    )
     chains: int = Field(4, ge=2, description="Markov chains per lens")
     warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
     draws: int = Field(300, ge=20, description="draws kept per chain")
     target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
     path_length: Positive = Field(2.0, description="mean trajectory length in whitened coordinates")
     max_leapfrog_steps: int = Field(16, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
+    svi_steps: Count = Field(2000, description="steps of variational inference, where it is the sampler")
+    svi_learning_rate: Positive = Field(0.01, description="its first learning rate; it falls to a hundredth")
+    svi_rank: Count = Field(10, description="rank of the covariance of svi_low_rank, beside its diagonal")
 
     @model_validator(mode="after")
     def _ends_cold(self) -> Fit:
         if self.settling_temperatures[-1] != 1:
             raise ValueError(
-                f"the last of settling_temperatures must be 1 (the true noise), found {self.settling_temperatures[-1]:g}"
+                "the last of settling_temperatures must be 1 (the true noise), "
+                f"found {self.settling_temperatures[-1]:g}"
             )
         return self
 

@@ -32,7 +32,7 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
     on_arcs, elsewhere, error = mean_residual_correlation(model, flat[:, chosen])
     depth, parameter = prior_depth(model.split(flat)[0].numpy(), model.priors.free)
     starts = found.start_basin.shape[1]
-    evidence = padded(found.basins_log_evidence.numpy(), starts)
+    evidence = found.basins_log_evidence.numpy()
     return {
         "predictive_p": ("lens", predictive_p(chi2_of_draws(draws), pixels)),
         "residual_correlation": ("lens", elsewhere),
@@ -41,8 +41,9 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
         "prior_depth": ("lens", depth),
         "prior_depth_of": ("lens", parameter),
         "start_basin": (("lens", "start"), found.start_basin.numpy()),
-        "basin_log_density": (("lens", "basin"), padded(found.basins_log_density.numpy(), starts)),
+        "basin_log_density": (("lens", "basin"), found.basins_log_density.numpy()),
         "basin_log_evidence": (("lens", "basin"), evidence),
+        "basin_w": (("lens", "basin", "unknown"), found.basins_w.numpy()),
         "starts": ("lens", np.full(len(pixels), starts)),
         "starts_agreeing": ("lens", starts_agreeing(found.start_basin.numpy())),
         "evidence_lead": ("lens", evidence_lead(evidence)),
@@ -153,9 +154,3 @@ def prior_depth(w: NDArray, names: list[str]) -> tuple[NDArray, NDArray]:
         return np.zeros(len(w)), np.full(len(w), "", dtype=object)
     depth = np.median(np.abs(w), axis=1).astype(float)
     return depth.max(1), np.array(names, dtype=object)[depth.argmax(1)]
-
-
-def padded(values: NDArray, width: int) -> NDArray:
-    """Columns [lens, n] cut or padded with NaN to [lens, width], so that batches have the same shape."""
-    kept = values[:, :width].astype(float)
-    return np.pad(kept, ((0, 0), (0, width - kept.shape[1])), constant_values=np.nan)

@@ -44,6 +44,15 @@ class MapFit:
     start_log_density: Tensor
     start_basin: Tensor
 
+    @classmethod
+    def of_one_start(cls, w: Tensor, log_density: Tensor, hessian: Tensor, converged: Tensor) -> MapFit:
+        """Of a search with one start a lens: the one basin is where it ended."""
+        evidence = log_density - 0.5 * torch.logdet(hessian)
+        basins = w[:, None], log_density[:, None], evidence[:, None]
+        points, density, evidence = (torch.cat([b, torch.full_like(b, torch.nan)], 1) for b in basins)
+        start_basin = torch.zeros(len(w), 1, dtype=torch.long)
+        return cls(w, log_density, hessian, converged, points, density, evidence, log_density[:, None], start_basin)
+
 
 @torch.no_grad()
 def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
@@ -102,7 +111,7 @@ def start_points(model: LensModel, starts: int, generator: torch.Generator) -> T
 
 
 def ranked(model: LensModel, w: Tensor, value: Tensor) -> Tensor:
-    """Indices [lens, start] of points [lens, start, size] by falling value, those like a better one after all others."""
+    """Indices [lens, start] of points [lens, start, size] by falling value, those like a better one last."""
     order = value.argsort(dim=1, descending=True, stable=True)
     named = model.split(w.gather(1, order[..., None].expand_as(w)))[0]
     alike = (named[:, :, None] - named[:, None]).abs().amax(-1) < ALIKE

@@ -26,9 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch, read_catalogue
-from lenspipe.config import Config, load_config
+from lenspipe.config import Config, Fit, load_config
 from lenspipe.errors import InputError
-from lenspipe.fit import derived, diagnostics, hmc, map_search
+from lenspipe.fit import derived, diagnostics, hmc, map_search, reference
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import keep_freed_memory
@@ -173,23 +173,24 @@ def fit_lenses(task: Task) -> xr.Dataset:
     config = load_config(json.loads(task.config))
     model = build_model(config, task.paths, task.bucket, list(task.names))
     began = time.perf_counter()
-    found = map_search.search(model, config.fit, _generators(config.seed, "map", task.names))
+    found = SEARCHES[config.fit.search](model, config.fit, _generators(config.seed, "map", task.names))
     if not bool(torch.isfinite(found.log_density).all()):
         raise ArithmeticError("no start of the MAP search reached a finite log posterior")
     seconds_map = (time.perf_counter() - began) / len(task.names)
-    chains = model.take(torch.arange(len(task.names)).repeat_interleave(config.fit.chains))
-    draws = hmc.sample(
-        chains.value_and_gradient,
-        found.w,
-        found.hessian,
-        config.fit,
-        _generators(config.seed, "hmc", task.names),
-        chains.hessian,
-    )
+    draws = SAMPLERS[config.fit.sampler](model, found, config.fit, _generators(config.seed, "hmc", task.names))
     seconds = (time.perf_counter() - began) / len(task.names)
     return _dataset(model, found, draws).assign(
         seconds_map=("lens", np.full(len(task.names), seconds_map)), seconds=("lens", np.full(len(task.names), seconds))
     )
+
+
+def _sample(model: LensModel, found: map_search.MapFit, settings: Fit, generators: list[torch.Generator]) -> hmc.Draws:
+    chains = model.take(torch.arange(len(generators)).repeat_interleave(settings.chains))
+    return hmc.sample(chains.value_and_gradient, found.w, found.hessian, settings, generators, chains.hessian)
+
+
+SEARCHES = {"gauss_newton": map_search.search, "adam": reference.adam_search}
+SAMPLERS = {"hmc": _sample, **reference.SAMPLERS}
 
 
 def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.Generator]:

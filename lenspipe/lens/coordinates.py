@@ -34,9 +34,13 @@ def ellipticity(q: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def axis_ratio(e1: Tensor, e2: Tensor) -> tuple[Tensor, Tensor]:
-    """(q, phi) of an ellipticity, phi in (-pi/2, pi/2]; finite gradients at e = 0, where phi is 0."""
+    """(q, phi) of an ellipticity, phi in (-pi/2, pi/2].
+
+    e = 0 is moved along e1 by the root of the rounding error: there d phi / d e2 is large and what a deflection makes
+    of phi as small, and their product keeps half of its digits.
+    """
     zero = (e1 == 0) & (e2 == 0)
-    safe_e1 = torch.where(zero, torch.full_like(e1, torch.finfo(e1.dtype).tiny ** 0.25), e1)
+    safe_e1 = torch.where(zero, e1 + torch.finfo(e1.dtype).eps ** 0.5, e1)
     e = torch.sqrt(safe_e1**2 + e2**2)
     return (1 - e) / (1 + e), torch.atan2(e2, safe_e1) / 2
 

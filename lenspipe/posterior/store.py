@@ -13,6 +13,7 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
 | `start_log_density`; `start_basin`, the basin that a start ended in, 0 the best | lens, start |
 | `basin_log_density`, `basin_log_evidence` (Laplace), best first, NaN where there are fewer | lens, basin |
+| `basin_w`, the unknowns of each solution (standard normal) | lens, basin, unknown |
 | `predictive_p`, `residual_correlation`, `residual_excess` and its `_error`, `starts, starts_agreeing` | lens |
 | `evidence_lead` [nat]; `prior_depth`, the greatest median of a named unknown's size; `prior_depth_of`, whose | lens |
 | `model_map, model_mean` (image units) | lens, y, x |

@@ -39,7 +39,8 @@ def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor)
         return torch.func.jvp(function, (at,), (direction.expand_as(at),))[1]
 
     directions = torch.eye(at.shape[-1], dtype=at.dtype, device=at.device)
-    return torch.func.vmap(along, out_dims=1)(directions)
+    derivatives = torch.func.vmap(along)(directions)  # out_dims=1 fails for an output that does not depend on `at`
+    return tuple(derivative.transpose(0, 1) for derivative in derivatives)
 
 
 def pixel_axis() -> Tensor:

@@ -52,9 +52,10 @@ class Decoder(nn.Module):
         return self.blocks(latent[:, :, None, None])[:, 0].to(latent.dtype)
 
     def linearise(self, latent: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and, in evaluation mode, their derivatives [galaxy, k, 64, 64] along `directions` [galaxy, k, latents].
+        """Images [galaxy, 64, 64] and their derivatives [galaxy, k, 64, 64] along `directions` [galaxy, k, latents].
 
-        Layer by layer: convolutions are linear, the others multiply the derivatives by a slope of every feature.
+        In evaluation mode. Layer by layer: convolutions are linear, the others multiply the derivatives by the slope of
+        every feature.
         """
         value, tangent = latent[:, :, None, None], directions.flatten(0, 1)[:, :, None, None]
         slope: Tensor | float = 1.0

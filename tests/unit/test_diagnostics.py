@@ -164,8 +164,3 @@ def test_depth_in_the_prior_is_that_of_the_worst_parameter() -> None:
     assert parameter[1] == "e1"
     depth, parameter = diagnostics.prior_depth(np.zeros((2, 10, 0)), [])
     assert (depth.tolist(), parameter.tolist()) == ([0, 0], ["", ""])
-
-
-def test_batches_have_the_same_shape() -> None:
-    np.testing.assert_array_equal(diagnostics.padded(np.array([[1, 2]]), 3), [[1, 2, np.nan]])
-    np.testing.assert_array_equal(diagnostics.padded(np.array([[1, 2, 3]]), 2), [[1, 2]])

@@ -169,11 +169,34 @@ def test_every_part_of_the_forward_model_has_its_derivatives(
         torch.testing.assert_close(wider.parameters(w)[name], wider.parameters(w)[other], rtol=0, atol=0)
 
 
+def test_flux_and_background_can_be_fixed(model: tuple[LensModel, Tensor]) -> None:
+    """Where they are numbers the rest of the Jacobian is as it should be."""
+    fixed = {name: parse_prior(value) for name, value in (("source_flux", 1.0), ("background", 0.1))}
+    smaller = LensModel(model[0].batch, PriorMap(Config().priors.expressions() | fixed), model[0].source, Optics())
+    w = 0.4 * torch.randn(3, smaller.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    _, half_d_chi2, _ = smaller.normal_equations(w)
+    torch.testing.assert_close(smaller.value_and_gradient(w)[1], -half_d_chi2 - w, rtol=1e-8, atol=1e-8)
+
+
 def test_gradient_follows_from_the_jacobian(model: tuple[LensModel, Tensor]) -> None:
     lens_model, truth = model
     _, gradient = lens_model.value_and_gradient(truth)
     _, half_d_chi2, _ = lens_model.normal_equations(truth)
     torch.testing.assert_close(gradient, -half_d_chi2 - truth, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradient_at_the_median_of_the_priors(model: tuple[LensModel, Tensor], dtype: torch.dtype) -> None:
+    """The lens is round there, its angle undefined; the gradient is that of a lens which is not quite round."""
+    whole = LensModel(model[0].batch.to(dtype), model[0].priors, model[0].source, Optics())
+    median = torch.zeros(3, whole.size, dtype=dtype)
+    (_, at), (_, beside) = whole.value_and_gradient(median), whole.value_and_gradient(median + 1e-3)
+    assert float((at - beside).norm() / beside.norm()) < 0.02
+    _, half_d_chi2, _ = whole.normal_equations(median)
+    torch.testing.assert_close(at.double(), -half_d_chi2, rtol=1e-3, atol=1e-3 * float(at.abs().max()))
+    for name in ("e1", "e2"):
+        column = whole.priors.free.index(name)
+        torch.testing.assert_close(at[:, column], beside[:, column], rtol=0.1, atol=0.01 * float(at.abs().max()))
 
 
 def test_masked_pixels_do_not_count(model: tuple[LensModel, Tensor]) -> None:
@@ -231,13 +254,15 @@ def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
 def test_diagnostics_of_a_fit(model: tuple[LensModel, Tensor]) -> None:
     """Of lenses drawn from the model, at the MAP and at the truth: one variable a lens, and no doubt raised."""
     lens_model, truth = model
-    settings = Fit(starts=6, survivors=3, temperatures=(30.0, 10.0, 3.0, 1.0), steps_per_temperature=6)
+    settings = Fit(starts=6, survivors=3, scout_pixels=12, temperatures=(30.0, 10.0, 3.0), steps_per_temperature=6)
     found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
     w = truth[:, None, None].expand(-1, 2, 4, -1)
     value = lens_model.log_density(truth)[:, None, None].expand(-1, 2, 4)
     variables = diagnostics.variables(lens_model, found, hmc.Draws(w, value, value, value > 0, value, value[:, 0, 0]))
     assert all(len(values) == 3 for _, values in variables.values())
-    assert variables["basin_log_evidence"][1].shape == variables["start_basin"][1].shape == (3, 3)
+    assert variables["basin_log_evidence"][1].shape == (3, 2)
+    assert variables["basin_w"][1].shape == (3, 2, lens_model.size)
+    assert variables["start_basin"][1].shape == (3, 3)
     assert bool((variables["starts_agreeing"][1] >= 1).all())
     chi2 = lens_model.residuals(truth).square().sum((1, 2)).numpy()
     np.testing.assert_allclose(diagnostics.chi2_of_draws(hmc.Draws(w, *[value] * 5))[:, 0, 0], chi2, rtol=1e-9)
