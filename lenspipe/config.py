@@ -592,7 +592,9 @@ class Fit(Section):
     """MAP and Hamiltonian Monte Carlo for every lens (stage `fit`)."""
 
     shard_size: Count = Field(500, description="lenses in one job")
-    batch_size: Count = Field(5, description="lenses fitted together in one batched program")
+    batch_size: Count | Literal["auto"] = Field(
+        "auto", description="lenses fitted together in one batched program; auto: as many as the memory holds"
+    )
     search: Literal["gauss_newton", "adam"] = Field(
         "gauss_newton", description="MAP search; adam, the paper's, compares"
     )
@@ -625,8 +627,13 @@ class Fit(Section):
     warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
     draws: int = Field(300, ge=20, description="draws kept per chain")
     target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
-    path_length: Positive = Field(2.0, description="mean trajectory length in whitened coordinates")
-    max_leapfrog_steps: int = Field(16, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
+    rounds: Count = Field(
+        3, description="rounds of draws for a lens that misses a gate; each has twice the draws of the one before"
+    )
+    r_hat_max: float = Field(1.05, gt=1, description="gate: greatest R-hat of the lens parameters")
+    ess_min: float = Field(100, ge=0, description="gate: least effective sample size of them, bulk and tail")
+    path_length: Positive = Field(3.0, description="mean trajectory length in whitened coordinates")
+    max_leapfrog_steps: int = Field(32, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
     svi_steps: Count = Field(2000, description="steps of variational inference, where it is the sampler")
     svi_learning_rate: Positive = Field(0.01, description="its first learning rate; it falls to a hundredth")
     svi_rank: Count = Field(10, description="rank of the covariance of svi_low_rank, beside its diagonal")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
+import psutil
+import torch
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MOST = 2**31 - 1  # bytes
 
@@ -20,3 +23,10 @@ def keep_freed_memory() -> None:
         return
     mallopt(MMAP_THRESHOLD, MOST // 2)
     mallopt(TRIM_THRESHOLD, MOST)
+
+
+def free_memory() -> int:
+    """Bytes that are free on this process's GPU or, where it has none, on the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)

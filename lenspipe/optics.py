@@ -15,12 +15,12 @@ from lenspipe.lens.multi_plane import distance_ratios
 from lenspipe.lens.profiles import Composite
 
 
-def read_optics(config: Config, path: Path, dtype: torch.dtype) -> Optics:
+def read_optics(config: Config, path: Path, dtype: torch.dtype, device: torch.device | None = None) -> Optics:
     """The forward model of `config.lens`; the table at `path` is read only where it is wanted."""
     lens = config.lens
     several = any(component.redshift is not None for component in lens.components.values())
     return Optics(
-        read_deflection_table(path).to(dtype=dtype) if lens.deflection == "table" else None,
+        read_deflection_table(path).to(dtype=dtype, device=device) if lens.deflection == "table" else None,
         lens.supersampling,
         lens.source_interpolation,
         Composite(lens.mass_profiles) if lens.components and not several else None,

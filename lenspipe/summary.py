@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
+from lenspipe.posterior.convergence import convergence
 from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, open_groups, parameter_names, read_manifests
 from lenspipe.results import Results
 
@@ -110,21 +109,7 @@ def quantiles(name: str, values: NDArray) -> dict[str, NDArray]:
 
 def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
     """`r_hat_max`, `ess_bulk_min`, `ess_tail_min` [lens] over parameters [lens, chain, draw]; constant ones pass."""
-    r_hat, bulk, tail = [], [], []
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        for values in draws.values():
-            moving = np.ptp(values, axis=(1, 2)) > 0
-            count = values.shape[1] * values.shape[2]
-            axes = {"chain_axis": -2, "draw_axis": -1}
-            r_hat.append(np.where(moving, array_stats.rhat(values, **axes), 1.0))
-            bulk.append(np.where(moving, array_stats.ess(values, method="bulk", **axes), count))
-            tail.append(np.where(moving, array_stats.ess(values, method="tail", prob=(0.05, 0.95), **axes), count))
-    return {
-        "r_hat_max": np.max(r_hat, axis=0),
-        "ess_bulk_min": np.min(bulk, axis=0),
-        "ess_tail_min": np.min(tail, axis=0),
-    }
+    return dict(zip(("r_hat_max", "ess_bulk_min", "ess_tail_min"), convergence(draws.values()), strict=True))
 
 
 def least_bfmi(energy: NDArray) -> NDArray:

@@ -42,7 +42,7 @@ class LensBatch:
         unit = self.flux_unit[:, None, None]  # squares of fluxes in cgs units underflow
         ky, kx = self.psf.shape[-2:]
         psf = pad(self.psf, (2 - kx // 2 % 2, 3, 2 - ky // 2 % 2, 3))[:, None]  # centre on an even pixel
-        triangle = torch.tensor([0.5, 1.0, 0.5], dtype=psf.dtype)
+        triangle = torch.tensor([0.5, 1.0, 0.5], dtype=psf.dtype, device=psf.device)
         spread = conv2d(psf, torch.outer(triangle, triangle)[None, None], padding=1)[:, 0, ::2, ::2]
         centre = [(k // 2 + 2 - k // 2 % 2) // 2 for k in (ky, kx)]
         reach = [max(c, n - 1 - c) for c, n in zip(centre, spread.shape[1:], strict=True)]
@@ -56,7 +56,11 @@ class LensBatch:
             pixel_scale=2 * self.pixel_scale,
         )
 
-    def to(self, dtype: torch.dtype) -> LensBatch:
-        """The same lenses with their real numbers in another precision."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "names"}
-        return LensBatch(self.names, **{n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LensBatch:
+        """The same lenses with their real numbers in another precision, and all of them on another device."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        tensors = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "names"}
+        return LensBatch(self.names, **tensors)

@@ -18,6 +18,7 @@ from torch import Tensor
 from lenspipe.config import Fit
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
+STEP_STATE = ("log_step", "anchor", "error", "averaged")  # tensors of a step size
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
 
 
@@ -84,6 +85,122 @@ class Metric:
         return value.unflatten(0, chained), gradient.double().unflatten(0, chained) @ self.inverse.transpose(1, 2)
 
 
+class Run:
+    """Chains of some lenses on their way: `warmup` draws that tune, then `draws` that are kept.
+
+    target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
+    hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
+    size] at w, for the refreshed metric; none keeps `hessian`. Chains begin at `begin` [lens, chain, size] and with
+    `step` [lens], or at draws from the Gaussian of center and hessian with a step that fits its dimension.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        center: Tensor,
+        hessian: Tensor,
+        settings: Fit,
+        generators: list[torch.Generator],
+        curvature: Callable[[Tensor], Tensor] | None = None,
+        *,
+        warmup: int,
+        draws: int,
+        begin: Tensor | None = None,
+        step: Tensor | None = None,
+    ):
+        lenses, size = center.shape
+        self.target, self.center, self.settings, self.generators = target, center, settings, generators
+        self.curvature, self.warmup, self.draws, self.iteration = curvature, warmup, draws, 0
+        self.hessian = hessian
+        self.metric = Metric(target, center, hessian, settings.chains)
+        if begin is None:
+            self.u = _normal(generators, center.device, settings.chains, size)
+        else:
+            self.u = self.metric.whitened(begin.flatten(0, 1))
+        self.value, self.gradient = self.metric.target(self.u)
+        step = torch.full((lenses,), size**-0.25, dtype=torch.float64, device=center.device) if step is None else step
+        self.step = StepSize.begin(step, settings.target_accept)
+        self.kept: list[dict[str, Tensor]] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.warmup + self.draws
+
+    def advance(self) -> None:
+        """One draw of every chain."""
+        tuning = self.iteration < self.warmup
+        if self.curvature and self.iteration in {self.warmup * part // 5 for part in (1, 2, 3)} - {0}:
+            self._refresh()
+        size = torch.exp(self.step.log_step if tuning else self.step.averaged)
+        length = self.settings.path_length * 2 * _uniform(self.generators, self.u.device, 1)[:, 0]
+        leaps = torch.ceil(length / size).clamp(1, self.settings.max_leapfrog_steps)
+        momentum = _normal(self.generators, self.u.device, *self.u.shape[1:])
+        energy = 0.5 * momentum.square().sum(-1) - self.value
+        moved, new_momentum, new_value, new_gradient = leapfrog(
+            self.metric.target, self.u, momentum, self.value, self.gradient, size, leaps
+        )
+        error = torch.nan_to_num(0.5 * new_momentum.square().sum(-1) - new_value - energy, nan=torch.inf)
+        acceptance = torch.exp(-error).clamp(max=1.0)
+        accept = _uniform(self.generators, self.u.device, self.u.shape[1]) < acceptance
+        self.u = torch.where(accept[..., None], moved, self.u)
+        self.gradient = torch.where(accept[..., None], new_gradient, self.gradient)
+        self.value = torch.where(accept, new_value, self.value)
+        if tuning:
+            self.step.update(acceptance.mean(1))
+        else:
+            kept = {"w": self.w, "log_density": self.value, "acceptance": acceptance, "energy": energy}
+            self.kept.append(kept | {"diverging": error > DIVERGENT})
+        self.iteration += 1
+
+    @property
+    def w(self) -> Tensor:
+        """Where the chains are: [lens, chain, size]."""
+        return self.metric.unwhitened(self.u).unflatten(0, self.u.shape[:2])
+
+    def result(self) -> Draws:
+        """The draws kept so far."""
+        columns = {name: torch.stack([draw[name] for draw in self.kept], dim=2) for name in self.kept[0]}
+        return Draws(**columns, step_size=torch.exp(self.step.averaged))
+
+    def _refresh(self) -> None:
+        """Take the mean Hessian over where the chains of each lens are for the metric; the step size begins anew."""
+        assert self.curvature is not None
+        w = self.w
+        self.hessian = self.curvature(w.flatten(0, 1)).unflatten(0, self.u.shape[:2]).mean(1)
+        self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains)
+        self.u = self.metric.whitened(w.flatten(0, 1))
+        self.value, self.gradient = self.metric.target(self.u)
+        self.step = StepSize.begin(torch.exp(self.step.averaged), self.settings.target_accept)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the run goes on from, as tensors."""
+        steps = {f"step.{name}": getattr(self.step, name) for name in STEP_STATE}
+        kept = (
+            {f"kept.{name}": torch.stack([draw[name] for draw in self.kept]) for name in self.kept[0]}
+            if self.kept
+            else {}
+        )
+        own = {name: getattr(self, name) for name in ("hessian", "u", "value", "gradient")}
+        counts = torch.tensor([self.iteration, self.step.count])
+        return (
+            own | steps | kept | {"counts": counts, "generators": torch.stack([g.get_state() for g in self.generators])}
+        )
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state of a run with the same settings."""
+        for name in ("hessian", "u", "value", "gradient"):
+            setattr(self, name, state[name])
+        self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains)
+        for name in STEP_STATE:
+            setattr(self.step, name, state[f"step.{name}"])
+        self.iteration, self.step.count = state["counts"].tolist()
+        for generator, own in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(own)
+        names = [name.removeprefix("kept.") for name in state if name.startswith("kept.")]
+        number = len(state["kept.w"]) if names else 0
+        self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]
+
+
 def sample(
     target: Target,
     center: Tensor,
@@ -92,49 +209,11 @@ def sample(
     generators: list[torch.Generator],
     curvature: Callable[[Tensor], Tensor] | None = None,
 ) -> Draws:
-    """Draw `settings.draws` from every chain after `settings.warmup`.
-
-    target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
-    hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
-    size] at w, for the refreshed metric; none keeps `hessian`.
-    """
-    lenses, size = center.shape
-    chains = settings.chains
-    metric = Metric(target, center, hessian, chains)
-    u = _normal(generators, chains, size)
-    value, gradient = metric.target(u)
-    step = StepSize.begin(torch.full((lenses,), size**-0.25, dtype=torch.float64), settings.target_accept)
-    refreshes = [settings.warmup * part // 5 for part in (1, 2, 3)] if curvature else []
-    kept: list[tuple[Tensor, ...]] = []
-    for iteration in range(settings.warmup + settings.draws):
-        tuning = iteration < settings.warmup
-        if curvature and iteration in refreshes:
-            w = metric.unwhitened(u)
-            metric = Metric(target, center, curvature(w).unflatten(0, (lenses, chains)).mean(1), chains)
-            u = metric.whitened(w)
-            value, gradient = metric.target(u)
-            step = StepSize.begin(torch.exp(step.averaged), settings.target_accept)
-        size_now = torch.exp(step.log_step if tuning else step.averaged)
-        length = settings.path_length * 2 * _uniform(generators, 1)[:, 0]
-        leaps = torch.ceil(length / size_now).clamp(1, settings.max_leapfrog_steps)
-        momentum = _normal(generators, chains, size)
-        energy = 0.5 * momentum.square().sum(-1) - value
-        moved, new_momentum, new_value, new_gradient = leapfrog(
-            metric.target, u, momentum, value, gradient, size_now, leaps
-        )
-        error = torch.nan_to_num(0.5 * new_momentum.square().sum(-1) - new_value - energy, nan=torch.inf)
-        acceptance = torch.exp(-error).clamp(max=1.0)
-        accept = _uniform(generators, chains) < acceptance
-        u = torch.where(accept[..., None], moved, u)
-        gradient = torch.where(accept[..., None], new_gradient, gradient)
-        value = torch.where(accept, new_value, value)
-        if tuning:
-            step.update(acceptance.mean(1))
-        else:
-            w = metric.unwhitened(u).unflatten(0, (lenses, chains))
-            kept.append((w, value, acceptance, error > DIVERGENT, energy))
-    w, log_density, accepted, diverging, energies = (torch.stack(column, dim=2) for column in zip(*kept, strict=True))
-    return Draws(w, log_density, accepted, diverging, energies, torch.exp(step.averaged))
+    """Draw `settings.draws` from every chain after `settings.warmup`; see `Run`."""
+    run = Run(target, center, hessian, settings, generators, curvature, warmup=settings.warmup, draws=settings.draws)
+    while not run.finished:
+        run.advance()
+    return run.result()
 
 
 def leapfrog(
@@ -158,9 +237,9 @@ def leapfrog(
     return u, momentum, value, gradient
 
 
-def _normal(generators: list[torch.Generator], *shape: int) -> Tensor:
-    return torch.stack([torch.randn(*shape, generator=g, dtype=torch.float64) for g in generators])
+def _normal(generators: list[torch.Generator], device: torch.device, *shape: int) -> Tensor:
+    return torch.stack([torch.randn(*shape, generator=g, dtype=torch.float64) for g in generators]).to(device)
 
 
-def _uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
-    return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
+def _uniform(generators: list[torch.Generator], device: torch.device, *shape: int) -> Tensor:
+    return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators]).to(device)

@@ -7,7 +7,7 @@ finer pixels, and those that are still near the best one to the end on all pixel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ class MapFit:
         return cls(w, log_density, hessian, converged, points, density, evidence, log_density[:, None], start_basin)
 
 
+def restored(tensors: dict[str, Tensor], device: torch.device) -> MapFit | None:
+    """What a search found, from the checkpoint that `chains` left it in; None where it is not there."""
+    names = [field.name for field in fields(MapFit)]
+    if not all(f"map.{name}" in tensors for name in names):
+        return None
+    return MapFit(**{name: tensors[f"map.{name}"].to(device) for name in names})
+
+
 @torch.no_grad()
 def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> MapFit:
     """Search from `settings.starts` points drawn from the prior of the named parameters, with the mean source.
@@ -82,11 +90,11 @@ def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) ->
     """
     sketch = model.sketched(settings.scout_components)
     lenses, starts, ladder = len(model.batch), settings.starts, settings.temperatures
-    w = torch.stack([start_points(sketch, starts, generator) for generator in generators])
-    value = torch.full((lenses, starts), -torch.inf, dtype=torch.float64)
-    alive = torch.zeros(lenses, starts, dtype=torch.bool)
+    w = torch.stack([start_points(sketch, starts, generator) for generator in generators]).to(model.data)
+    value = torch.full((lenses, starts), -torch.inf, dtype=torch.float64, device=w.device)
+    alive = torch.zeros(lenses, starts, dtype=torch.bool, device=w.device)
     for rung, temperature in enumerate(ladder):
-        alive |= torch.arange(starts) % len(ladder) == rung
+        alive |= torch.arange(starts, device=w.device) % len(ladder) == rung
         lens, start = alive.nonzero(as_tuple=True)
         w[lens, start], value[lens, start], _ = climb(
             sketch.take(lens), w[lens, start], temperature, settings.steps_per_temperature
@@ -125,7 +133,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     value: [lens, start], log posteriors under the model `settled`. A rival is the best point that is elsewhere than the
     best one and not more than `settings.rival_gap` below it.
     """
-    lenses = torch.arange(len(value))
+    lenses = torch.arange(len(value), device=w.device)
     first = value.argmax(1)
     spread = named_sd(settled, settled.hessian(w[lenses, first]))
     elsewhere = separation(settled, w, w[lenses, first], spread) > SAME_BASIN
@@ -137,7 +145,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     ended, reached, converged = climb(model.take(lens), begun, 1.0, settings.final_steps)
     hessian = model.take(lens).hessian(ended)
     place = torch.stack([lenses, lenses.clone()], 1)  # of the two basins among those climbed to
-    place[with_rival, 1] = torch.arange(len(value), len(lens))
+    place[with_rival, 1] = torch.arange(len(value), len(lens), device=w.device)
     same = (
         separation(model, ended[place[:, 1:]], ended[place[:, 0]], named_sd(model, hessian[place[:, 0]]))[:, 0]
         < SAME_BASIN
@@ -207,8 +215,10 @@ def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[
         best, which = reached.unflatten(0, (len(TRIALS), -1)).nan_to_num(nan=-torch.inf).max(0)
         better = best > value[rows]
         gain = torch.where(better, best - value[rows], torch.inf)
-        w[rows] = torch.where(better[:, None], proposals[which, torch.arange(len(rows))], w[rows])
-        damping[rows] = torch.where(better, trials[which, torch.arange(len(rows))], 30 * damping[rows]).clamp(*DAMPING)
+        w[rows] = torch.where(better[:, None], proposals[which, torch.arange(len(rows), device=w.device)], w[rows])
+        damping[rows] = torch.where(
+            better, trials[which, torch.arange(len(rows), device=w.device)], 30 * damping[rows]
+        ).clamp(*DAMPING)
         value[rows] = torch.where(better, best, value[rows])
         stale[rows] = better
         active[rows] = (gain >= CONVERGED) & (damping[rows] < DAMPING[1])

@@ -160,7 +160,7 @@ class LensModel:
 
     def hessian(self, w: Tensor) -> Tensor:
         """Gauss-Newton Hessian [lens, size, size] of minus the log posterior, float64, positive definite."""
-        return self.normal_equations(w)[2] + torch.eye(self.size, dtype=torch.float64)
+        return self.normal_equations(w)[2] + torch.eye(self.size, dtype=torch.float64, device=w.device)
 
     def _pieces(self) -> Iterator[Tensor]:
         per_lens = self.data[0].numel() * self.size

@@ -39,7 +39,7 @@ def adam_search(model: LensModel, settings: Fit, generators: list[torch.Generato
     The paper gives the number of steps and neither learning rate nor starting point: the rate falls to zero along half
     a cosine, the start is the one that the default search has first. Adam is elementwise, so lenses do not meet.
     """
-    w = torch.zeros(len(generators), model.size, dtype=model.data.dtype)
+    w = torch.zeros(len(generators), model.size, dtype=model.data.dtype, device=model.data.device)
     optimiser = torch.optim.Adam([w], settings.adam_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.adam_steps)
     for _ in range(settings.adam_steps):

@@ -6,12 +6,14 @@ shard's manifest with its reason; the rest of its batch is fitted without it.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,24 @@ from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lenspipe import artefact
+from lenspipe.artefact import content_hash
 from lenspipe.catalogue.stage import read_batch, read_catalogue
-from lenspipe.config import Config, Fit, load_config
+from lenspipe.config import Config, load_config
 from lenspipe.errors import InputError
-from lenspipe.fit import derived, diagnostics, hmc, map_search, reference
+from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, reference
 from lenspipe.fit.model import LensModel
 from lenspipe.lens.coordinates import ellipticity
-from lenspipe.memory import keep_freed_memory
+from lenspipe.memory import free_memory, keep_freed_memory
 from lenspipe.optics import read_optics
+from lenspipe.posterior.store import SOURCE_PARAMETERS
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
 from lenspipe.source.prior import read_source_prior
 
 PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
+BYTES_PER_RAY = 250  # that a chain takes for its gradient
+LARGEST_BATCH = 64  # lenses
 PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
 
 
@@ -62,7 +68,7 @@ def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> N
     if not 0 <= shard < shards:
         raise InputError(f"no shard {shard}: the catalogue {paths.catalogue} has {shards}, the first is 0")
     lenses = catalogue.iloc[shard * size : (shard + 1) * size]
-    tasks = list(_tasks(config, paths, lenses))
+    tasks = list(_tasks(config, paths, lenses, workers))
     fitted: dict[str, list[xr.Dataset]] = {}
     reasons = dict(zip(lenses["name"], lenses["reason"], strict=True))
     with _progress(len(lenses)) as advance:
@@ -90,12 +96,28 @@ def _remove_shards_beyond(shards: int, folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _tasks(config: Config, paths: Results, lenses: pd.DataFrame) -> Iterator[Task]:
+def _tasks(config: Config, paths: Results, lenses: pd.DataFrame, workers: int) -> Iterator[Task]:
     text = config.model_dump_json()
     for bucket, members in lenses[lenses["status"] == "usable"].groupby("bucket", sort=True):
         names = members["name"].tolist()
-        for first in range(0, len(names), config.fit.batch_size):
-            yield Task(text, paths, str(bucket), tuple(names[first : first + config.fit.batch_size]))
+        size = config.fit.batch_size
+        if size == "auto":
+            shape = tuple(int(side) for side in re.findall(r"\d+", str(bucket))[:2])
+            size = automatic_batch(config, shape, len(names), workers)  # type: ignore[arg-type]
+        for first in range(0, len(names), size):
+            yield Task(text, paths, str(bucket), tuple(names[first : first + size]))
+
+
+def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers: int) -> int:
+    """How many lenses of images of this shape to fit together: an even share for each worker, half the free memory."""
+    rays = shape[0] * shape[1] * config.lens.supersampling**2
+    held = free_memory() / 2 / workers / (BYTES_PER_RAY * config.fit.chains * rays)
+    return int(max(1, min(held, -(-lenses // workers), LARGEST_BATCH)))
+
+
+def device() -> torch.device:
+    """The GPU that this process may use, or the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 Result = tuple[Task, list[xr.Dataset], dict[str, str]]
@@ -153,44 +175,98 @@ def fit_task(task: Task) -> Result:
     keep_freed_memory()
     try:
         return task, [fit_lenses(task)], {}
-    except (RuntimeError, ValueError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         if len(task.names) == 1:
             return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    alone = [fit_task(one) for one in _one_by_one(task)]
-    failures = {name: reason for _, _, failed in alone for name, reason in failed.items()}
-    return task, [dataset for _, datasets, _ in alone for dataset in datasets], failures
+        parts = _halves(task) if out_of_memory(error) else _one_by_one(task)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    again = [fit_task(part) for part in parts]
+    failures = {name: reason for _, _, failed in again for name, reason in failed.items()}
+    return task, [dataset for _, datasets, _ in again for dataset in datasets], failures
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory was too small, of a GPU or of the machine."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _halves(task: Task) -> list[Task]:
+    middle = len(task.names) // 2
+    return [replace(task, names=task.names[:middle]), replace(task, names=task.names[middle:])]
 
 
 def build_model(config: Config, paths: Results, bucket: str, names: list[str]) -> LensModel:
-    """The model of the named lenses of one bucket, from the files of the earlier stages."""
-    batch = read_batch(paths.catalogue, bucket, names, PRECISION)
-    optics = read_optics(config, paths.deflection_table, PRECISION)
-    return LensModel(batch, PriorMap(config.priors.expressions()), read_source_prior(paths.source_prior), optics)
+    """The model of the named lenses of one bucket, from the files of the earlier stages, on this process's device."""
+    at = device()
+    batch = read_batch(paths.catalogue, bucket, names, PRECISION).to(device=at)
+    optics = read_optics(config, paths.deflection_table, PRECISION, at)
+    return LensModel(batch, PriorMap(config.priors.expressions()), read_source_prior(paths.source_prior).to(at), optics)
 
 
 def fit_lenses(task: Task) -> xr.Dataset:
-    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posterior.store`."""
+    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posterior.store`.
+
+    What the search found is kept with the chains in a checkpoint, from which a killed batch goes on.
+    """
     config = load_config(json.loads(task.config))
     model = build_model(config, task.paths, task.bucket, list(task.names))
+    checkpoint = batch_checkpoint(config, task)
     began = time.perf_counter()
-    found = SEARCHES[config.fit.search](model, config.fit, _generators(config.seed, "map", task.names))
-    if not bool(torch.isfinite(found.log_density).all()):
-        raise ArithmeticError("no start of the MAP search reached a finite log posterior")
+    found = map_search.restored(checkpoint.load(), model.data.device)
+    if found is None:
+        found = SEARCHES[config.fit.search](model, config.fit, _generators(config.seed, "map", task.names))
+        if not bool(torch.isfinite(found.log_density).all()):
+            raise ArithmeticError("no start of the MAP search reached a finite log posterior")
     seconds_map = (time.perf_counter() - began) / len(task.names)
-    draws = SAMPLERS[config.fit.sampler](model, found, config.fit, _generators(config.seed, "hmc", task.names))
+    generators = _generators(config.seed, "hmc", task.names)
+    if config.fit.sampler == "hmc":
+        draws = chains.sample(model, found, config.fit, generators, monitored(model), checkpoint)
+    else:
+        draws = reference.SAMPLERS[config.fit.sampler](model, found, config.fit, generators)
     seconds = (time.perf_counter() - began) / len(task.names)
-    return _dataset(model, found, draws).assign(
+    checkpoint.path.unlink(missing_ok=True)
+    result = _dataset(*on_processor(model, found, draws))
+    return result.assign(
         seconds_map=("lens", np.full(len(task.names), seconds_map)), seconds=("lens", np.full(len(task.names), seconds))
     )
 
 
-def _sample(model: LensModel, found: map_search.MapFit, settings: Fit, generators: list[torch.Generator]) -> hmc.Draws:
-    chains = model.take(torch.arange(len(generators)).repeat_interleave(settings.chains))
-    return hmc.sample(chains.value_and_gradient, found.w, found.hessian, settings, generators, chains.hessian)
+def batch_checkpoint(config: Config, task: Task) -> chains.Checkpoint:
+    """The checkpoint of a batch: of its lenses, the settings that fits depend on, and the files of earlier stages."""
+    files = [task.paths.catalogue, task.paths.source_prior, task.paths.deflection_table]
+    key = {
+        "names": list(task.names),
+        "settings": config.model_dump(mode="json", include={"seed", "lens", "priors", "fit"}),
+        "files": {str(path): content_hash(path) for path in files if path.exists()},
+        "versions": artefact.versions(),
+        "commit": artefact.git_commit(),
+    }
+    name = hashlib.sha256(json.dumps([task.bucket, key["names"]]).encode()).hexdigest()[:16]
+    return chains.Checkpoint(task.paths.fit / "checkpoints" / f"{name}.safetensors", key)
+
+
+def monitored(model: LensModel) -> list[int]:
+    """Columns of w whose chains must agree: all named parameters but the source's, which its latents can stand for."""
+    return [column for column, name in enumerate(model.priors.free) if name not in SOURCE_PARAMETERS]
+
+
+def on_processor(
+    model: LensModel, found: map_search.MapFit, draws: hmc.Draws
+) -> tuple[LensModel, map_search.MapFit, hmc.Draws]:
+    """Model and results off the GPU, for what is done once a lens."""
+    at = torch.device("cpu")
+    optics = replace(model.optics, deflection=model.optics.deflection and model.optics.deflection.to(device=at))
+    moved = LensModel(model.batch.to(device=at), model.priors, model.source.to(at), optics)
+    return moved, map_search.MapFit(**tensors_of(found, at)), hmc.Draws(**tensors_of(draws, at))
+
+
+def tensors_of(record: map_search.MapFit | hmc.Draws, at: torch.device) -> dict[str, torch.Tensor]:
+    """The fields of a record of tensors, on a device."""
+    return {field.name: getattr(record, field.name).to(at) for field in fields(record)}
 
 
 SEARCHES = {"gauss_newton": map_search.search, "adam": reference.adam_search}
-SAMPLERS = {"hmc": _sample, **reference.SAMPLERS}
 
 
 def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.Generator]:
@@ -199,12 +275,12 @@ def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.G
 
 @torch.no_grad()
 def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr.Dataset:
-    lenses, chains, number = draws.w.shape[:3]
+    lenses, number_of_chains, number = draws.w.shape[:3]
     chain_draw = ("lens", "chain", "draw")
     flat = draws.w.flatten(0, 2)
     data: dict[str, tuple[object, np.ndarray]] = {"name": ("lens", np.array(model.batch.names, dtype=object))}
     for name, value in _reported(model, flat).items():
-        data[name] = (chain_draw, value.reshape(lenses, chains, number).numpy().astype("float32"))
+        data[name] = (chain_draw, value.reshape(lenses, number_of_chains, number).numpy().astype("float32"))
     data["latent"] = ((*chain_draw, "latent"), model.split(draws.w)[1].numpy().astype("float32"))
     for name in ("log_density", "acceptance", "diverging", "energy"):
         data[name] = (chain_draw, getattr(draws, name).numpy())

@@ -96,7 +96,7 @@ class Simulator:
         column = {name: value[:, None] for name, value in p.items()}
         planes: list[multi_plane.Plane] = [partial(plane.deflection, parameters=column) for plane in sight.planes]
         planes[sight.main] = partial(self._main_plane, p=p, components=sight.planes[sight.main])
-        return multi_plane.deflection(x, y, planes, sight.ratios.to(x.dtype))
+        return multi_plane.deflection(x, y, planes, sight.ratios.to(x))
 
     def _main_plane(self, x: Tensor, y: Tensor, p: Parameters, components: Composite | None) -> Vector:
         column = {name: value[:, None] for name, value in p.items()}

@@ -27,8 +27,9 @@ class LinearSource(Source):
 @torch.no_grad()
 def principal_source(source: Source, components: int, draws: int = 1000, seed: int = 0) -> LinearSource:
     """The source whose images have the mean and the leading principal components of draws from `source`."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.cat([source(torch.randn(100, source.size, generator=generator)) for _ in range(draws // 100)])
+    generator, device = torch.Generator().manual_seed(seed), next(source.buffers()).device
+    w = torch.randn(draws, source.size, generator=generator).to(device)
+    images = torch.cat([source(part) for part in w.split(100)])
     mean = images.mean(0)
     _, values, modes = torch.linalg.svd((images - mean).flatten(1), full_matrices=False)
     basis = (values[:components, None] / len(images) ** 0.5 * modes[:components]).unflatten(1, mean.shape)

@@ -11,13 +11,14 @@ import numpy as np
 import pyro
 import pytest
 import torch
+import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
 from lenspipe.errors import InputError
-from lenspipe.fit import derived, diagnostics, hmc, map_search
+from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, stage
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
 from lenspipe.image.light import Light
@@ -406,3 +407,132 @@ def test_shards_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     _remove_shards_beyond(2, tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["shard-0000.csv", "shard-0000.zarr", "shard-0001.csv", "shard-0001.zarr"]
+
+
+GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5)
+
+
+@pytest.fixture
+def found(model: tuple[LensModel, Tensor]) -> map_search.MapFit:
+    lens_model, truth = model
+    w, value, converged = map_search.climb(lens_model, truth, 1.0, 40)
+    return map_search.MapFit.of_one_start(w, value, lens_model.hessian(w), converged)
+
+
+def seeded(lenses: int = 3) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(row) for row in range(lenses)]
+
+
+class Killed(Exception):
+    """What a test kills a run with."""
+
+
+@pytest.mark.parametrize("after", [10, 30, 55])
+def test_chains_of_a_killed_batch_go_on(
+    model: tuple[LensModel, Tensor],
+    found: map_search.MapFit,
+    after: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed in the warm-up, in the first draws or in the second round: the draws are those of a run never stopped."""
+    lens_model, _ = model
+    columns = list(range(8))
+    whole = chains.sample(lens_model, found, GATED, seeded(), columns)
+    checkpoint = chains.Checkpoint(tmp_path / "c.safetensors", {"batch": 1})
+    monkeypatch.setattr(chains, "CHECKPOINT_SECONDS", 0.0)
+    advance, count = hmc.Run.advance, 0
+
+    def until_killed(run: hmc.Run) -> None:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise Killed
+        advance(run)
+
+    monkeypatch.setattr(hmc.Run, "advance", until_killed)
+    with pytest.raises(Killed):
+        chains.sample(lens_model, found, GATED, seeded(), columns, checkpoint)
+    monkeypatch.setattr(hmc.Run, "advance", advance)
+    again = map_search.restored(checkpoint.load(), torch.device("cpu"))
+    assert again is not None
+    torch.testing.assert_close(again.basins_w, found.basins_w, equal_nan=True)
+    resumed = chains.sample(lens_model, again, GATED, seeded(), columns, checkpoint)
+    torch.testing.assert_close(resumed.w, whole.w)
+    torch.testing.assert_close(resumed.log_density, whole.log_density)
+    assert chains.Checkpoint(checkpoint.path, {"batch": 2}).load() == {}
+
+
+def test_only_lenses_that_miss_a_gate_go_on(
+    model: tuple[LensModel, Tensor], found: map_search.MapFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three misses its gate in the first round: it alone has a second one, whose draws it keeps too."""
+    lens_model, _ = model
+    rounds: list[list[int]] = []
+    begun = chains.begun
+
+    def noted(*arguments: object) -> hmc.Run:
+        rounds.append(list(arguments[4]))  # type: ignore[call-overload]
+        return begun(*arguments)  # type: ignore[arg-type]
+
+    def verdict(draws: hmc.Draws, *_: object) -> tuple[bool, bool]:
+        second = torch.equal(draws.w[0, 0, 0], first.w[1, 0, 0])
+        return True, not second or draws.w.shape[2] > GATED.draws
+
+    first = chains.sample(lens_model, found, GATED.model_copy(update={"rounds": 1}), seeded(), [0])
+    monkeypatch.setattr(chains, "begun", noted)
+    monkeypatch.setattr(chains, "gates", verdict)
+    draws = chains.sample(lens_model, found, GATED, seeded(), [0])
+    assert rounds == [[0, 1, 2], [1]]
+    assert draws.w.shape == first.w.shape
+    torch.testing.assert_close(draws.w[[0, 2]], first.w[[0, 2]])
+    torch.testing.assert_close(draws.w[1, :, :10], first.w[1][:, ::2], atol=1, rtol=0)
+    assert not torch.equal(draws.w[1], first.w[1])
+
+
+def test_gates() -> None:
+    """White chains pass; chains apart fail the first gate; slow ones fail the second."""
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(1, 4, 200, 1, generator=generator, dtype=torch.float64)
+    apart = white + 3 * torch.arange(4)[:, None, None]
+    slow = white.cumsum(2)[:, :1].expand(-1, 4, -1, -1) + 0.1 * white
+    settings = Fit(chains=4, draws=200, r_hat_max=1.05, ess_min=300)
+
+    def passed(w: Tensor) -> tuple[bool, bool]:
+        blank = torch.zeros(w.shape[:3])
+        return chains.gates(hmc.Draws(w, blank, blank, blank, blank, blank[:, 0, 0]), settings, [0])
+
+    assert passed(white) == (True, True)
+    assert passed(apart)[0] is False
+    assert passed(slow)[1] is False
+
+
+def starved(task: Task) -> xr.Dataset:
+    """A fit for which the memory holds two lenses."""
+    if len(task.names) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return xr.Dataset({"name": ("lens", list(task.names))})
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "fit_lenses", starved)
+    task = Task("{}", Results(tmp_path), "b", tuple("abcdefg"))
+    _, datasets, failures = stage.fit_task(task)
+    assert failures == {}
+    assert [name for dataset in datasets for name in dataset["name"].to_numpy()] == list("abcdefg")
+    assert [dataset.sizes["lens"] for dataset in datasets] == [1, 2, 2, 2]
+
+
+def test_automatic_batches_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory, an even share for every worker, no more than there are lenses; one at least."""
+    lens = stage.BYTES_PER_RAY * Config().fit.chains * 100 * 100
+    monkeypatch.setattr(stage, "free_memory", lambda: 20 * lens)
+    assert stage.automatic_batch(Config(), (100, 100), 1000, 1) == 10
+    assert stage.automatic_batch(Config(), (100, 100), 1000, 2) == 5
+    assert stage.automatic_batch(Config(), (100, 100), 7, 2) == 4
+    assert stage.automatic_batch(Config(), (1000, 1000), 7, 2) == 1
+
+
+def test_gates_look_at_the_lens_parameters(model: tuple[LensModel, Tensor]) -> None:
+    names = [model[0].priors.free[column] for column in stage.monitored(model[0])]
+    assert names == ["theta_E", "gamma", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2"]

@@ -1,0 +1,177 @@
+"""The posterior of a batch: rounds of chains, more of them only for the lenses that need more; saved on the way.
+
+After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next: with as many draws
+again beside those it has or, where its chains did not agree, in place of them. What a lens keeps is thinned to the same
+number of draws for all, and the gates look at those.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenspipe.config import Fit
+from lenspipe.errors import InputError
+from lenspipe.fit.hmc import Draws, Run
+from lenspipe.fit.map_search import MapFit
+from lenspipe.fit.model import LensModel
+from lenspipe.posterior.convergence import convergence
+from lenspipe.tensors import read_tensors, write_tensors
+
+CHECKPOINT_SECONDS = 60.0  # least time between checkpoints
+PER_DRAW = [field.name for field in fields(Draws) if field.name != "step_size"]
+LATER_WARMUP = 4  # a later round, whose step size is nearly right, warms up for this fraction of the first's
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file in which a batch leaves its tensors, and the key of the batch that may go on from them."""
+
+    path: Path
+    key: dict[str, Any]
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        """Write the tensors, whole."""
+        write_tensors(self.path, {name: tensor.clone() for name, tensor in tensors.items()}, {"key": self.key})
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors; none where the file is absent, broken or of another key."""
+
+        def build(tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Tensor]:
+            return tensors if record["key"] == self.key else {}
+
+        try:
+            return read_tensors(self.path, "a checkpoint", "fit", build)
+        except InputError:
+            return {}
+
+
+def sample(
+    model: LensModel,
+    found: MapFit,
+    settings: Fit,
+    generators: list[torch.Generator],
+    monitored: list[int],
+    checkpoint: Checkpoint | None = None,
+) -> Draws:
+    """Draws of all lenses, `settings.draws` a chain, from at most `settings.rounds` rounds for each of them.
+
+    monitored: columns of w that the gates look at; generators: one a lens. With a checkpoint, what an earlier process
+    left is gone on from: its draws are those of a process that was never stopped.
+    """
+    saved = checkpoint.load() if checkpoint else {}
+    kept = unpacked(saved)
+    for number in range(int(saved.get("round", torch.tensor(0))), settings.rounds):
+        lenses = range(len(generators))
+        rows = [row for row in lenses if row not in kept or not all(gates(kept[row], settings, monitored))]
+        if not rows:
+            break
+        before = [kept[row] for row in rows if row in kept]
+        run = begun(model, found, settings, [generators[row] for row in rows], rows, before, number)
+        if saved:
+            run.restore({name.removeprefix("run."): t for name, t in saved.items() if name.startswith("run.")})
+        saved, last = {}, time.monotonic()
+        while not run.finished:
+            run.advance()
+            if checkpoint and time.monotonic() - last > CHECKPOINT_SECONDS:
+                state = {f"run.{name}": tensor for name, tensor in run.state().items()}
+                search = {f"map.{field.name}": getattr(found, field.name) for field in fields(found)}
+                checkpoint.save(packed(kept) | search | state | {"round": torch.tensor(number)})
+                last = time.monotonic()
+        draws = run.result()
+        for place, row in enumerate(rows):
+            kept[row] = joined(kept.get(row), of_lens(draws, place), settings, monitored)
+    return together([thinned(kept[row], settings.draws) for row in range(len(generators))])
+
+
+def begun(
+    model: LensModel,
+    found: MapFit,
+    settings: Fit,
+    generators: list[torch.Generator],
+    rows: list[int],
+    before: list[Draws],
+    number: int,
+) -> Run:
+    """Round `number` of the lenses `rows`: from the MAP at first, later from where their chains were `before`."""
+    lenses = torch.tensor(rows)
+    chains = model.take(lenses.repeat_interleave(settings.chains))
+    target, center = chains.value_and_gradient, found.w[lenses]
+    if number == 0:
+        return Run(
+            target,
+            center,
+            found.hessian[lenses],
+            settings,
+            generators,
+            chains.hessian,
+            warmup=settings.warmup,
+            draws=settings.draws,
+        )
+    places = torch.cat([draws.w[:, :, -1] for draws in before])
+    hessian = chains.hessian(places.flatten(0, 1)).unflatten(0, places.shape[:2]).mean(1)
+    return Run(
+        target,
+        center,
+        hessian,
+        settings,
+        generators,
+        warmup=settings.warmup // LATER_WARMUP,
+        draws=settings.draws * 2 ** (number - 1),
+        begin=places,
+        step=torch.cat([draws.step_size for draws in before]),
+    )
+
+
+def gates(draws: Draws, settings: Fit, monitored: list[int]) -> tuple[bool, bool]:
+    """Whether the draws of one lens, as they would be stored, pass the gates of R-hat and of the sample size."""
+    if not monitored:
+        return True, True
+    w = thinned(draws, settings.draws).w
+    r_hat, bulk, tail = convergence([w[..., column].numpy() for column in monitored])
+    return bool(r_hat[0] <= settings.r_hat_max), bool(min(bulk[0], tail[0]) >= settings.ess_min)
+
+
+def joined(old: Draws | None, new: Draws, settings: Fit, monitored: list[int]) -> Draws:
+    """The new draws of a lens after its old ones or, where there are none or they do not agree, in their place."""
+    if old is None or not gates(old, settings, monitored)[0]:
+        return new
+    return replace(new, **{name: torch.cat([getattr(old, name), getattr(new, name)], 2) for name in PER_DRAW})
+
+
+def each(draws: Draws, change: Callable[[Tensor], Tensor]) -> Draws:
+    """Every quantity of a draw [lens, chain, draw, ...] changed in the same way."""
+    return replace(draws, **{name: change(getattr(draws, name)) for name in PER_DRAW})
+
+
+def thinned(draws: Draws, number: int) -> Draws:
+    """`number` draws a chain, spread evenly over those there are."""
+    chosen = torch.linspace(0, draws.w.shape[2] - 1, min(number, draws.w.shape[2])).round().long()
+    return each(draws, lambda tensor: tensor[:, :, chosen])
+
+
+def of_lens(draws: Draws, place: int) -> Draws:
+    """The draws of one of several lenses."""
+    return Draws(**{field.name: getattr(draws, field.name)[place : place + 1] for field in fields(Draws)})
+
+
+def together(lenses: list[Draws]) -> Draws:
+    """Draws of several lenses that have the same number."""
+    return Draws(**{field.name: torch.cat([getattr(lens, field.name) for lens in lenses]) for field in fields(Draws)})
+
+
+def packed(kept: dict[int, Draws]) -> dict[str, Tensor]:
+    """The draws of each lens as named tensors."""
+    return {f"kept.{row}.{field.name}": getattr(d, field.name) for row, d in kept.items() for field in fields(Draws)}
+
+
+def unpacked(tensors: dict[str, Tensor]) -> dict[int, Draws]:
+    """The draws of each lens in what `packed` made, other tensors passed over."""
+    rows = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("kept.")})
+    return {row: Draws(**{f.name: tensors[f"kept.{row}.{f.name}"] for f in fields(Draws)}) for row in rows}
