@@ -56,6 +56,23 @@ class PriorMap:
         self.shared = shared(self.priors)
 
     def __call__(self, w: Tensor) -> dict[str, Tensor]:
-        column = dict(zip(self.free, w.double().unbind(-1), strict=True))
-        blank = torch.zeros(w.shape[:-1], dtype=torch.float64, device=w.device)
-        return {name: from_normal(prior, column.get(name, blank)).to(w.dtype) for name, prior in self.own.items()}
+        return self.named(self.values(w))
+
+    def values(self, w: Tensor) -> Tensor:
+        """The free parameters [..., free], in their order, of w [..., free]."""
+        columns = [from_normal(self.own[name], at) for name, at in zip(self.free, w.double().unbind(-1), strict=True)]
+        return torch.stack(columns, -1).to(w.dtype) if columns else w
+
+    def named(self, values: Tensor) -> dict[str, Tensor]:
+        """All parameters by name, the fixed ones too, of the values of the free ones [..., free]."""
+        column = dict(zip(self.free, values.unbind(-1), strict=True))
+        blank = torch.zeros(values.shape[:-1], dtype=values.dtype, device=values.device)
+        return {name: column[name] if name in column else from_normal(prior, blank) for name, prior in self.own.items()}
+
+    def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of the free parameters and their slopes with respect to w, [..., free] each."""
+        w = w.detach().requires_grad_()
+        with torch.enable_grad():
+            values = self.values(w)
+            (slopes,) = torch.autograd.grad(values.sum(), w)
+        return values.detach(), slopes

@@ -59,7 +59,11 @@ class LensModel:
 
     def parameters(self, w: Tensor) -> Parameters:
         """Named parameters [lens], those of config and the canonical ones; w may lack the source's unknowns."""
-        return canonical(self.priors(self.split(w)[0]), self.priors.shared)
+        return self.physical(self.priors.values(self.split(w)[0]))
+
+    def physical(self, values: Tensor) -> Parameters:
+        """The same of the values of the free parameters [lens, free]."""
+        return canonical(self.priors.named(values), self.priors.shared)
 
     def source_frame(self, w: Tensor) -> Tensor:
         """Where the decoded image lies in the source plane: x and y of its centre and its full width ["], [lens, 3]."""
@@ -108,37 +112,39 @@ class LensModel:
         image for every latent, whose light also moves the source by as much as it moves the centre of its light.
         """
         named, latent = self.split(w)
+        values, slopes = self.priors.linearise(named)
 
         source, d_source = self.source.linearise(latent)
         centre = light_centre(source)
         d_centre_u, d_centre_v = moved_centre(source, d_source)
 
-        def geometry(named: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            p = self.parameters(named)
+        def geometry(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            p = self.physical(values)
             return *self.simulator.source_points(p, centre), p["source_flux"][:, None, None]
 
-        u, v, flux = geometry(named)
+        u, v, flux = geometry(values)
         rays, along_u, along_v = self.simulator.brightness_gradient((u, v), source)
-        du, dv, d_flux = pushed_forward(geometry, named)
+        du, dv, d_flux = pushed_forward(geometry, values)
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
         of_latents = self.simulator.rays((u, v), d_source)
         of_latents += along_u[:, None] * d_centre_u[..., None, None] + along_v[:, None] * d_centre_v[..., None, None]
         total = flux * rays
         if self.optics.light is not None:
 
-            def light(named: Tensor) -> tuple[Tensor, ...]:
-                return (self.simulator.lens_light(self.parameters(named)),)  # type: ignore[return-value]
+            def light(values: Tensor) -> tuple[Tensor, ...]:
+                return (self.simulator.lens_light(self.physical(values)),)  # type: ignore[return-value]
 
-            total = total + light(named)[0]
-            of_named = of_named + pushed_forward(light, named)[0]
+            total = total + light(values)[0]
+            of_named = of_named + pushed_forward(light, values)[0]
+        of_named *= slopes[..., None, None]
         images = self.simulator.observe(torch.cat([total[:, None], of_named, flux[:, None] * of_latents], 1))
         if "background" in self.priors.priors:
 
-            def background(named: Tensor) -> tuple[Tensor]:
-                return (self.parameters(named)["background"],)
+            def background(values: Tensor) -> tuple[Tensor]:
+                return (self.physical(values)["background"],)
 
-            images[:, 0] += background(named)[0][:, None, None]
-            images[:, 1 : 1 + named.shape[1]] += pushed_forward(background, named)[0][..., None, None]
+            images[:, 0] += background(values)[0][:, None, None]
+            images[:, 1 : 1 + named.shape[1]] += (slopes * pushed_forward(background, values)[0])[..., None, None]
         jacobian = images[:, 1:] * self.weight[:, None]
         residuals = (images[:, 0] - self.data) * self.weight
         return residuals.flatten(1), jacobian.flatten(2).transpose(1, 2)
