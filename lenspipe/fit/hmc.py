@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 
-Target = Callable[[Tensor], tuple[Tensor, Tensor]]
+Target = Callable[..., tuple[Tensor, Tensor]]  # of w [n, size] and, where it is not of all rows, of their numbers [n]
 STEP_STATE = ("log_step", "anchor", "error", "averaged")  # tensors of a step size
+ALL = slice(None)
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
 
 
@@ -69,20 +70,25 @@ class Metric:
         self.root = torch.linalg.cholesky(hessian)  # L
         self.inverse = torch.linalg.inv(self.root)
 
-    def unwhitened(self, u: Tensor) -> Tensor:
+    def unwhitened(self, u: Tensor, lenses: Tensor | slice = ALL) -> Tensor:
         """w = center + L^-T u."""
-        w = self.center.double()[:, None] + u @ self.inverse
+        w = self.center[lenses].double()[:, None] + u @ self.inverse[lenses]
         return w.flatten(0, 1).to(self.center.dtype)
 
     def whitened(self, w: Tensor) -> Tensor:
         """u = L^T (w - center)."""
         return (w.double().unflatten(0, (-1, self.chains)) - self.center.double()[:, None]) @ self.root
 
-    def target(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density [lens, chain] and its gradient [lens, chain, size] with respect to u."""
-        value, gradient = self.raw_target(self.unwhitened(u))
+    def target(self, u: Tensor, lenses: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log density [lens, chain] and its gradient [lens, chain, size] with respect to u, of all lenses or some."""
+        if lenses is None:
+            value, gradient = self.raw_target(self.unwhitened(u))
+        else:
+            rows = (lenses[:, None] * self.chains + torch.arange(self.chains, device=u.device)).flatten()
+            value, gradient = self.raw_target(self.unwhitened(u, lenses), rows)
+        inverse = self.inverse[ALL if lenses is None else lenses]
         chained = (-1, self.chains)
-        return value.unflatten(0, chained), gradient.double().unflatten(0, chained) @ self.inverse.transpose(1, 2)
+        return value.unflatten(0, chained), gradient.double().unflatten(0, chained) @ inverse.transpose(1, 2)
 
 
 class Run:
@@ -221,19 +227,20 @@ def leapfrog(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Integrate the motion of u [lens, chain, size] with unit mass.
 
-    step, leaps: [lens], size and number of steps; a lens that has made its leaps waits for the others unchanged.
+    step, leaps: [lens], size and number of steps; a lens that has made its leaps costs nothing more.
     Returns position, momentum, log density [lens, chain] and its gradient at the end.
     """
-    epsilon = step[:, None, None]
     for leap in range(int(leaps.max())):
-        moving = (leap < leaps)[:, None, None]
-        half = momentum + 0.5 * epsilon * gradient
-        new_u = u + epsilon * half
-        new_value, new_gradient = target(torch.where(moving, new_u, u))
-        u = torch.where(moving, new_u, u)
-        momentum = torch.where(moving, half + 0.5 * epsilon * new_gradient, momentum)
-        value = torch.where(moving[..., 0], new_value, value)
-        gradient = torch.where(moving, new_gradient, gradient)
+        moving = (leap < leaps).nonzero()[:, 0]
+        some = moving if len(moving) < len(leaps) else None
+        epsilon = step[moving][:, None, None]
+        half = momentum[moving] + 0.5 * epsilon * gradient[moving]
+        place = u[moving] + epsilon * half
+        at, slope = target(place) if some is None else target(place, some)
+        new = place, half + 0.5 * epsilon * slope, at, slope
+        u, momentum, value, gradient = (
+            old.index_copy(0, moving, moved) for old, moved in zip((u, momentum, value, gradient), new, strict=True)
+        )
     return u, momentum, value, gradient
 
 

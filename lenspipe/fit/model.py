@@ -95,11 +95,12 @@ class LensModel:
         chi2 = self.residuals(w).double().square().sum((-2, -1))
         return -0.5 * (chi2 / temperature**2 + w.double().square().sum(-1))
 
-    def value_and_gradient(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Log posterior [lens] and its gradient [lens, size], by reverse mode."""
+    def value_and_gradient(self, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log posterior [lens] and its gradient [lens, size], by reverse mode; of all lenses or of those at `rows`."""
+        model = self if rows is None else self.take(rows)
         w = w.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.log_density(w)
+            value = model.log_density(w)
             (gradient,) = torch.autograd.grad(value.sum(), w)
         return value.detach(), gradient
 

@@ -277,7 +277,7 @@ def test_diagnostics_of_a_fit(model: tuple[LensModel, Tensor]) -> None:
 
 
 def gaussian_target(precision: Tensor, mean: Tensor) -> hmc.Target:
-    def target(w: Tensor) -> tuple[Tensor, Tensor]:
+    def target(w: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         offset = w - mean
         pull = -(precision @ offset[..., None])[..., 0]
         return 0.5 * (offset * pull).sum(-1), pull
