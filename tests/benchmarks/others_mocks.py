@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from lenspipe import cli
 
 FIT = {"chains": 4, "warmup": 150, "draws": 200, "rounds": 2}
-SERSIC = {"kind": "sersic", "R_sersic": 0.1, "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
+SERSIC = {"kind": "sersic", "R_sersic": "LogNormal(0.15, 0.3)", "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
 WIDE = {
     "theta_E": "TruncatedNormal(1.2, 0.4, 0.4, 3)",
     "gamma": "TruncatedNormal(2, 0.25, 1.3, 2.7)",
@@ -45,15 +45,15 @@ WIDE = {
     "gamma2": "Normal(0, 0.08)",
     "source_x": "Normal(0, 0.3)",
     "source_y": "Normal(0, 0.3)",
-    "source_size": "LogNormal(2.5, 0.5)",
+    "source_size": "LogNormal(2, 0.5)",
     "source_flux": "LogNormal(1, 1)",
 }
 BULGE = {
     "bulge_amplitude": "LogNormal(0.3, 1)",
     "bulge_R_sersic": "LogNormal(1, 0.5)",
     "bulge_n_sersic": "TruncatedNormal(3, 1.5, 0.5, 8)",
-    "bulge_q": "TruncatedNormal(0.85, 0.15, 0.3, 1)",
-    "bulge_phi": "Uniform(-1.5708, 1.5708)",
+    "bulge_e1": "TruncatedNormal(0, 0.12, -0.5, 0.5)",
+    "bulge_e2": "TruncatedNormal(0, 0.12, -0.5, 0.5)",
     "bulge_center_x": "Normal(0, 0.1)",
     "bulge_center_y": "Normal(0, 0.1)",
 }
@@ -61,7 +61,10 @@ BULGE = {
 
 @dataclass(frozen=True)
 class Mock:
-    """One lens; image, noise: [ny, nx], psf: [ky, kx]; flux_unit 0: from the image."""
+    """One lens; image, noise: [ny, nx], psf: [ky, kx]; flux_unit 0: from the image.
+
+    masked: side of the square of central pixels that are not fitted.
+    """
 
     name: str
     pixel_scale: float
@@ -70,10 +73,15 @@ class Mock:
     psf: NDArray
     truth: dict[str, float]
     flux_unit: float = 0.0
+    masked: int = 0
 
 
 def gigalens(folder: Path, systems: int) -> Iterator[Mock]:
-    """Elliptical power law, shear, Sersic lens light, Sersic source; noise from the data, clipped at zero."""
+    """Elliptical power law, shear, Sersic lens light, Sersic source; noise from the data, clipped at zero.
+
+    The central 4 x 4 pixels are masked: what a cusp of Sersic index 6 gives a pixel there depends on the sub-pixels
+    that the mock was made with (chi^2 per pixel of the whole image at the truth 1.26 with 2 x 2, 1.45 with 4 x 4).
+    """
     with np.load(folder / "gigalens40/images.npz") as archive:
         images, psf, scale = archive["images"].astype(float), archive["psf"], float(archive["pixscale"])
         background, exposure = float(archive["background_rms"]), float(archive["exp_time"])
@@ -86,7 +94,7 @@ def gigalens(folder: Path, systems: int) -> Iterator[Mock]:
         truth["q"] = axis_ratio(truth["e1"], truth["e2"])
         noise = np.sqrt(background**2 + image.clip(min=0) / exposure)
         unit = float(np.percentile(image, 95))  # arcs and the flanks of the lens galaxy, not its cusp
-        yield Mock(f"gigalens-{number:02d}", scale, image, noise, psf, truth, unit)
+        yield Mock(f"gigalens-{number:02d}", scale, image, noise, psf, truth, unit, masked=4)
 
 
 def tinylens(folder: Path, _: int) -> Iterator[Mock]:
@@ -116,7 +124,14 @@ def axis_ratio(e1: float, e2: float) -> float:
 
 
 SETS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gigalens": (gigalens, {"source": SERSIC, "lens": {"light": {"bulge": "sersic"}}, "priors": WIDE | {"light": BULGE}}),
+    "gigalens": (
+        gigalens,
+        {
+            "source": SERSIC,
+            "lens": {"light": {"bulge": "sersic"}, "supersampling": 2},
+            "priors": WIDE | {"light": BULGE},
+        },
+    ),
     "tinylens": (tinylens, {"source": SERSIC, "priors": WIDE}),
     "galan": (galan, {"source": {"kind": "shapelets", "R_sersic": 0.12, "order": 14}, "priors": WIDE}),
 }
@@ -126,11 +141,17 @@ def write_lenses(mocks: list[Mock], folder: Path) -> Path:
     """The lenses as FITS files, and the table that lists them."""
     rows = []
     for mock in mocks:
-        files = {kind: f"{mock.name}-{kind}.fits" for kind in ("image", "noise", "psf")}
-        for kind, file in files.items():
-            fits.writeto(folder / file, getattr(mock, kind).astype("float32"), overwrite=True)
+        centre = tuple(slice((side - mock.masked) // 2, (side + mock.masked) // 2) for side in mock.image.shape)
+        mask = np.zeros(mock.image.shape)
+        mask[centre] = 1
+        arrays = {"image": mock.image, "noise": mock.noise, "psf": mock.psf, "mask": mask}
+        files = {kind: f"{mock.name}-{kind}.fits" for kind in arrays}
+        for kind, array in arrays.items():
+            fits.writeto(folder / files[kind], array.astype("float32"), overwrite=True)
         truth = {f"true_{name}": value for name, value in mock.truth.items()}
-        rows.append({"name": mock.name, "pixel_scale": mock.pixel_scale, "flux_unit": mock.flux_unit or None} | files | truth)
+        rows.append(
+            {"name": mock.name, "pixel_scale": mock.pixel_scale, "flux_unit": mock.flux_unit or None} | files | truth
+        )
     pd.DataFrame(rows).to_csv(folder / "lenses.csv", index=False)
     return folder / "lenses.csv"
 
