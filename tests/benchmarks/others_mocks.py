@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from lenspipe import cli
 
 FIT = {"chains": 4, "warmup": 150, "draws": 200, "rounds": 2}
-SERSIC = {"kind": "sersic", "R_sersic": "LogNormal(0.15, 0.3)", "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
+SERSIC = {"kind": "sersic", "R_sersic": 0.15, "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
 WIDE = {
     "theta_E": "TruncatedNormal(1.2, 0.4, 0.4, 3)",
     "gamma": "TruncatedNormal(2, 0.25, 1.3, 2.7)",
