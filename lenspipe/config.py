@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from lenspipe.errors import ConfigError
-from lenspipe.lens.parameters import LIGHT_PROFILES, SERIES_Q_MIN, component_parameters
+from lenspipe.lens.parameters import LIGHT_PROFILES, SERIES_Q_MIN, component_parameters, ellipses, with_axis_ratios
 from lenspipe.prior_expression import PriorExpression, parse_prior, shared
 
 Prior = Annotated[
@@ -410,6 +410,7 @@ class Lens(Section):
         return {name: component.profile for name, component in self.components.items()}
 
 
+LARGEST_E = 0.69  # of a component's e1 and e2; both together are an axis ratio above SERIES_Q_MIN
 DOMAINS = {
     "theta_E": (0, math.inf),
     "r_Ein": (0, math.inf),
@@ -757,10 +758,13 @@ class Config(Section):
         mass = component_parameters(self.lens.mass_profiles)
         light = component_parameters(self.lens.light, LIGHT_PROFILES)
         for kind, needed, priors in (("components", mass, self.priors.components), ("light", light, self.priors.light)):
-            if missing := sorted(set(needed) - set(priors)):
+            if missing := sorted(set(needed) - with_axis_ratios(priors)):
                 found.append(f"priors.{kind}: no prior of {', '.join(missing)}, which lens.{kind} needs")
-            if unknown := sorted(set(priors) - set(needed)):
+            if unknown := sorted(with_axis_ratios(priors) - set(needed)):
                 found.append(f"priors.{kind}: {', '.join(unknown)}: no such parameter of lens.{kind}")
+            for name in [f"{component}_{e}" for component in ellipses(priors) for e in ("e1", "e2")]:
+                if max(map(abs, self.priors.support(name))) > LARGEST_E:
+                    found.append(f"priors.{kind}.{name} ({priors[name]}) reaches beyond {LARGEST_E}; truncate it")
         if both := sorted(set(mass) & set(light)):
             found.append(f"lens.components and lens.light both have {', '.join(both)}; give one of them another name")
         if self.lens.deflection == "table":

@@ -31,7 +31,6 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
     chosen = torch.linspace(0, flat.shape[1] - 1, min(RESIDUAL_DRAWS, flat.shape[1])).long()
     on_arcs, elsewhere, error = mean_residual_correlation(model, flat[:, chosen])
     depth, parameter = prior_depth(model.split(flat)[0].numpy(), model.priors.free)
-    starts = found.start_basin.shape[1]
     evidence = found.basins_log_evidence.numpy()
     return {
         "predictive_p": ("lens", predictive_p(chi2_of_draws(draws), pixels)),
@@ -44,8 +43,8 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
         "basin_log_density": (("lens", "basin"), found.basins_log_density.numpy()),
         "basin_log_evidence": (("lens", "basin"), evidence),
         "basin_w": (("lens", "basin", "unknown"), found.basins_w.numpy()),
-        "starts": ("lens", np.full(len(pixels), starts)),
-        "starts_agreeing": ("lens", starts_agreeing(found.start_basin.numpy())),
+        "starts": ("lens", found.start_count.sum(1).numpy()),
+        "starts_agreeing": ("lens", starts_agreeing(found.start_basin.numpy(), found.start_count.numpy())),
         "evidence_lead": ("lens", evidence_lead(evidence)),
     }
 
@@ -129,9 +128,9 @@ def block_sums(field: NDArray) -> NDArray:
     return np.add.reduceat(np.add.reduceat(field, rows, axis=1), columns, axis=2)
 
 
-def starts_agreeing(start_basin: NDArray) -> NDArray:
-    """How many starts [lens, start] ended in the best basin, the one numbered 0."""
-    return (start_basin == 0).sum(1)
+def starts_agreeing(start_basin: NDArray, start_count: NDArray) -> NDArray:
+    """How many starts ended in the best basin, the one numbered 0; each [lens, start] stands for `start_count`."""
+    return np.where(start_basin == 0, start_count, 0).sum(1)
 
 
 def evidence_lead(log_evidence: NDArray) -> NDArray:

@@ -7,7 +7,7 @@ finer pixels, and those that are still near the best one to the end on all pixel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class MapFit:
     converged: [lens]. basins_w, basins_log_density, basins_log_evidence: [lens, basin, size] and [lens, basin], the
     distinct solutions from the best on, with Laplace's approximation of their evidence; NaN where there are fewer.
     start_log_density: [lens, survivor], where the surviving scouts ended before the last climb; start_basin: [lens,
-    survivor], the basin each ended in, -1 for those left behind.
+    survivor], the basin each ended in or where the climb to it began, -1 for those left behind; start_count: [lens,
+    survivor], how many scouts were dropped on the way because they were like this one, and itself.
     """
 
     w: Tensor
@@ -43,6 +44,7 @@ class MapFit:
     basins_log_evidence: Tensor
     start_log_density: Tensor
     start_basin: Tensor
+    start_count: Tensor
 
     @classmethod
     def of_one_start(cls, w: Tensor, log_density: Tensor, hessian: Tensor, converged: Tensor) -> MapFit:
@@ -51,7 +53,18 @@ class MapFit:
         basins = w[:, None], log_density[:, None], evidence[:, None]
         points, density, evidence = (torch.cat([b, torch.full_like(b, torch.nan)], 1) for b in basins)
         start_basin = torch.zeros(len(w), 1, dtype=torch.long)
-        return cls(w, log_density, hessian, converged, points, density, evidence, log_density[:, None], start_basin)
+        return cls(
+            w,
+            log_density,
+            hessian,
+            converged,
+            points,
+            density,
+            evidence,
+            log_density[:, None],
+            start_basin,
+            start_basin + 1,
+        )
 
 
 def restored(tensors: dict[str, Tensor], device: torch.device) -> MapFit | None:
@@ -71,7 +84,7 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     levels = [model]
     while min(levels[-1].simulator.shape) >= 2 * settings.scout_pixels and levels[-1].coarse() is not levels[-1]:
         levels.append(levels[-1].coarse())
-    w = scout(levels[-1], settings, generators)
+    w, count = scout(levels[-1], settings, generators)
     lenses, survivors = w.shape[:2]
     rows = torch.arange(lenses).repeat_interleave(survivors)
     middle = levels[min(1, len(levels) - 1)]
@@ -79,11 +92,13 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     for temperature in settings.settling_temperatures:
         settled, value, _ = climb(middle.take(rows), settled, temperature, settings.steps_per_temperature)
     w, value = settled.unflatten(0, (lenses, -1)), value.unflatten(0, (lenses, -1))
-    return finish(model, middle, w, value, settings)
+    return replace(finish(model, middle, w, value, settings), start_count=count)
 
 
-def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> Tensor:
+def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """The best `settings.survivors` different points [lens, survivor, size] that scouts reach on coarse pixels.
+
+    And for how many scouts each of them stands [lens, survivor].
 
     Scouts join the ladder at different rungs: from a high temperature all of them would follow the same path. They see
     the source's sketch; where that is not the source itself, they leave its unknowns at zero.
@@ -93,21 +108,22 @@ def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) ->
     w = torch.stack([start_points(sketch, starts, generator) for generator in generators]).to(model.data)
     value = torch.full((lenses, starts), -torch.inf, dtype=torch.float64, device=w.device)
     alive = torch.zeros(lenses, starts, dtype=torch.bool, device=w.device)
+    count = torch.ones(lenses, starts, dtype=torch.long, device=w.device)
     for rung, temperature in enumerate(ladder):
         alive |= torch.arange(starts, device=w.device) % len(ladder) == rung
         lens, start = alive.nonzero(as_tuple=True)
         w[lens, start], value[lens, start], _ = climb(
             sketch.take(lens), w[lens, start], temperature, settings.steps_per_temperature
         )
-        order = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : settings.scouts]
-        best = torch.zeros_like(alive).scatter(1, order, True)
-        alive &= best
-    chosen = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : min(settings.survivors, starts)]
-    w = w.gather(1, chosen[..., None].expand(-1, -1, w.shape[-1]))
+        kept = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : settings.scouts]
+        alive, count = dropped(sketch, w, value, alive, kept, count)
+    kept = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : min(settings.survivors, starts)]
+    _, count = dropped(sketch, w, value, alive, kept, count)
+    w, count = w.gather(1, kept[..., None].expand(-1, -1, w.shape[-1])), count.gather(1, kept)
     if sketch.source is model.source:
-        return w
+        return w, count
     named = w[..., : len(model.priors.free)]
-    return torch.cat([named, w.new_zeros(*named.shape[:2], model.source.size)], -1)
+    return torch.cat([named, w.new_zeros(*named.shape[:2], model.source.size)], -1), count
 
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:
@@ -120,11 +136,34 @@ def start_points(model: LensModel, starts: int, generator: torch.Generator) -> T
 
 def ranked(model: LensModel, w: Tensor, value: Tensor) -> Tensor:
     """Indices [lens, start] of points [lens, start, size] by falling value, those like a better one last."""
-    order = value.argsort(dim=1, descending=True, stable=True)
-    named = model.split(w.gather(1, order[..., None].expand_as(w)))[0]
-    alike = (named[:, :, None] - named[:, None]).abs().amax(-1) < ALIKE
+    order, alike = likeness(model, w, value)
     copy = alike.tril(-1).any(-1)
     return order.gather(1, copy.to(torch.uint8).argsort(dim=1, stable=True))
+
+
+def likeness(model: LensModel, w: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [lens, start] by falling value, and which of those so ordered are alike [lens, start, start]."""
+    order = value.argsort(dim=1, descending=True, stable=True)
+    named = model.split(w.gather(1, order[..., None].expand_as(w)))[0]
+    return order, (named[:, :, None] - named[:, None]).abs().amax(-1) < ALIKE
+
+
+def dropped(
+    model: LensModel, w: Tensor, value: Tensor, alive: Tensor, kept: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which starts are alive once all but `kept` [lens, n] are dropped, and for how many each stands [lens, start].
+
+    One that is dropped is counted with the best one that is like it.
+    """
+    left = alive & torch.zeros_like(alive).scatter(1, kept, True)
+    order, alike = likeness(model, w, torch.where(alive, value, -torch.inf))
+    original = alike.to(torch.uint8).argmax(-1)  # the best that is like it, itself where there is none
+    count, gone = count.gather(1, order), (alive & ~left).gather(1, order)
+    for place in reversed(range(alive.shape[1])):
+        moved = torch.where(gone[:, place] & (original[:, place] < place), count[:, place], 0)
+        count = count.scatter_add(1, original[:, place, None], moved[:, None])
+        count[:, place] -= moved
+    return left, torch.empty_like(count).scatter(1, order, count)
 
 
 def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, settings: Fit) -> MapFit:
@@ -135,8 +174,11 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     """
     lenses = torch.arange(len(value), device=w.device)
     first = value.argmax(1)
-    spread = named_sd(settled, settled.hessian(w[lenses, first]))
-    elsewhere = separation(settled, w, w[lenses, first], spread) > SAME_BASIN
+
+    def spread_at(start: Tensor) -> Tensor:
+        return named_sd(settled, settled.hessian(w[lenses, start]))
+
+    elsewhere = separation(settled, w, w[lenses, first], spread_at(first)) > SAME_BASIN
     rival = torch.where(elsewhere, value, -torch.inf)
     second = rival.argmax(1)
     with_rival = rival.amax(1) >= value.amax(1) - settings.rival_gap
@@ -158,7 +200,12 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     for basins in (points, density, evidence):
         basins[alone, 1] = torch.nan
     spreads = named_sd(model, hessian[place.flatten()]).unflatten(0, place.shape)
-    far = torch.stack([separation(model, w, points[:, i], spreads[:, i]) for i in range(2)], -1).nan_to_num(torch.inf)
+    far = torch.stack([separation(model, w, points[:, i], spreads[:, i]) for i in range(2)], -1)
+    origin = torch.stack([first, second], 1)  # a maximum on fine pixels may be far from the same one on coarse ones
+    begun_far = torch.stack([separation(settled, w, w[lenses, at], spread_at(at)) for at in origin.unbind(1)], -1)
+    begun_far = torch.where(swap[:, None, None], begun_far.flip(-1), begun_far)
+    begun_far[..., 0] = torch.where((same & with_rival)[:, None], begun_far.amin(-1), begun_far[..., 0])
+    far = torch.where(far.isnan(), torch.inf, torch.minimum(far, begun_far))
     return MapFit(
         w=ended[best],
         log_density=reached[best],
@@ -169,6 +216,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
         basins_log_evidence=evidence,
         start_log_density=value,
         start_basin=torch.where(far.amin(-1) < SAME_BASIN, far.argmin(-1), -1),
+        start_count=torch.ones_like(value, dtype=torch.long),
     )
 
 

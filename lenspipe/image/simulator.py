@@ -16,7 +16,7 @@ from lenspipe.image.psf import Convolution
 from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.lens import multi_plane
 from lenspipe.lens.coordinates import axis_ratio, pixel_grid, theta_E_from_r_Ein
-from lenspipe.lens.parameters import MASS_PROFILES
+from lenspipe.lens.parameters import MASS_PROFILES, ellipses
 from lenspipe.lens.profiles import Composite, Vector, epl_deflection, shear_deflection
 from lenspipe.lens.table import DeflectionTable
 
@@ -27,6 +27,8 @@ Brightness = Callable[[Tensor, Tensor], Tensor]
 def canonical(parameters: Parameters, shared: Mapping[str, str] = MappingProxyType({})) -> Parameters:
     """The parameters with `theta_E, q, phi` filled in from `r_Ein` or `e1, e2` where those were given; all [lens].
 
+    So are `<name>_q, <name>_phi` of components.
+
     shared: parameters that are not given, each with the one whose value it shares, which may be one filled in.
     """
     filled = {name: parameters[other] for name, other in shared.items() if other in parameters} | parameters
@@ -34,7 +36,11 @@ def canonical(parameters: Parameters, shared: Mapping[str, str] = MappingProxyTy
         filled["q"], filled["phi"] = axis_ratio(filled["e1"], filled["e2"])
     if "theta_E" not in filled:
         filled["theta_E"] = theta_E_from_r_Ein(filled["r_Ein"], filled["q"])
-    return {name: filled[other] for name, other in shared.items()} | filled
+    filled = {name: filled[other] for name, other in shared.items()} | filled
+    for component in ellipses(filled):
+        q, phi = axis_ratio(filled[f"{component}_e1"], filled[f"{component}_e2"])
+        filled = {f"{component}_q": q, f"{component}_phi": phi} | filled
+    return filled
 
 
 @dataclass(frozen=True)

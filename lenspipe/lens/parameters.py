@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 SERIES_Q_MIN = 0.01  # least axis ratio of the series of the elliptical power law
 CENTER = ("center_x", "center_y")
@@ -29,6 +29,23 @@ def component_parameters(
 ) -> tuple[str, ...]:
     """Names of all parameters of components {name: profile}: `<name>_<parameter>`, without prefix for the name ""."""
     return tuple(qualified(component, name) for component, profile in profiles.items() for name in known[profile])
+
+
+def with_axis_ratios(given: Iterable[str]) -> set[str]:
+    """Names of the parameters of components, with `<name>_q, <name>_phi` where `<name>_e1, <name>_e2` are given."""
+    names = set(given)
+    for component in ellipses(names):
+        if not names & {f"{component}_q", f"{component}_phi"}:
+            names = names - {f"{component}_e1", f"{component}_e2"} | {f"{component}_q", f"{component}_phi"}
+    return names
+
+
+def ellipses(given: Iterable[str]) -> list[str]:
+    """The components that have both e1 and e2 among the names given."""
+    names = set(given)
+    return sorted(
+        name.removesuffix("_e1") for name in names if name.endswith("_e1") and f"{name.removesuffix('_e1')}_e2" in names
+    )
 
 
 def qualified(component: str, parameter: str) -> str:

@@ -189,6 +189,17 @@ def test_settings_survive_json() -> None:
         ),
         ({"lens": {"redshift": 0.5, "source_redshift": 0.3}}, r"redshift \(0.5\) is not below source_redshift \(0.3\)"),
         ({"lens": {"light": {"bulge": "sersik"}}}, r"lens.light.bulge: Input should be 'sersic' or 'gaussian'"),
+        (
+            {
+                "lens": {"light": {"bulge": "gaussian"}},
+                "priors": {"light": {"bulge_e1": "0", "bulge_e2": "Normal(0, 1)"}},
+            },
+            r"priors.light.bulge_e2 \(Normal\(0, 1\)\) reaches beyond 0.69",
+        ),
+        (
+            {"lens": {"light": {"bulge": "gaussian"}}, "priors": {"light": {"bulge_e1": "0"}}},
+            "bulge_e1: no such parameter",
+        ),
         ({"lens": {"light": {"bulge": "gaussian"}}}, "no prior of bulge_amplitude, .* which lens.light needs"),
         (
             {

@@ -146,9 +146,10 @@ def test_energy_that_momenta_hardly_move() -> None:
 
 
 def test_starts_and_evidence() -> None:
-    """Three of four in the best basin; a rival 2 nat behind; one with more evidence; one basin only."""
+    """Three of four in the best basin, with copies or without; a rival 2 nat behind, with more evidence; none."""
     basins = np.array([[0, 0, 1, 0], [0, 1, 2, 3], [-1, 0, 1, 1]])
-    assert diagnostics.starts_agreeing(basins).tolist() == [3, 1, 1]
+    assert diagnostics.starts_agreeing(basins, np.ones_like(basins)).tolist() == [3, 1, 1]
+    assert diagnostics.starts_agreeing(basins, np.array([[3, 1, 1, 1]] * 3)).tolist() == [5, 3, 1]
     nan = np.nan
     evidence = np.array([[-100, -120, -102, nan], [-50, -49, nan, nan], [-10, nan, nan, nan]])
     assert diagnostics.evidence_lead(evidence).tolist() == [2, -1, np.inf]

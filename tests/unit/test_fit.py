@@ -23,7 +23,7 @@ from lenspipe.fit.model import LensModel
 from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
 from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution, gaussian_kernel
-from lenspipe.image.simulator import LineOfSight, Optics
+from lenspipe.image.simulator import LineOfSight, Optics, canonical
 from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import build_table
 from lenspipe.prior_expression import parse_prior
@@ -250,6 +250,39 @@ def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
     found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
     assert bool((found.log_density > lens_model.log_density(truth) - 1).all())
     assert bool((torch.linalg.eigvalsh(found.hessian) > 0.99).all())
+
+
+def test_dropped_starts_count_with_the_one_they_are_like(model: tuple[LensModel, Tensor]) -> None:
+    """A copy of a copy counts with the first; one that is like none, or not alive, with none."""
+    lens_model, _ = model
+    offsets = torch.tensor([0.08, 5.0, 0.0, 9.0, 0.16, 0.0])  # the fifth is like the first, the first like the third
+    w = offsets[None, :, None].expand(3, -1, lens_model.size).double()
+    value = torch.tensor([[2.0, 4.0, 3.0, 0.5, 1.0, 9.0]]).expand(3, -1).double()
+    alive = torch.tensor([[True] * 5 + [False]]).expand(3, -1)
+    ones = torch.ones(3, 6, dtype=torch.long)
+    left, count = map_search.dropped(lens_model, w, value, alive, torch.tensor([[1, 2]]).expand(3, -1), ones)
+    assert left.tolist() == [[False, True, True, False, False, False]] * 3
+    assert count[:, [1, 2, 3, 5]].tolist() == [[1, 3, 1, 1]] * 3
+
+
+def test_a_start_agrees_where_its_coarse_maximum_is_elsewhere(model: tuple[LensModel, Tensor]) -> None:
+    """Two starts end at one maximum of the coarse pixels, and so in one basin, however far that is from its own end."""
+    lens_model, truth = model
+    settled = lens_model.coarse()
+    brighter = replace(settled.batch, image=1.2 * settled.batch.image)
+    biased = LensModel(brighter, settled.priors, settled.source, settled.optics)
+    ended, value, _ = map_search.climb(biased, truth, 1.0, 20)
+    w = torch.stack([ended, ended], 1)
+    found = map_search.finish(lens_model, biased, w, torch.stack([value, value - 1e-3], 1), Fit())
+    assert found.start_basin.tolist() == [[0, 0]] * 3
+
+
+def test_ellipticity_of_a_component_is_its_axis_ratio_and_angle() -> None:
+    given = {"bulge_e1": torch.tensor([0.0, -0.2]), "bulge_e2": torch.tensor([0.25, 0.0])}
+    main = {name: torch.tensor([0.5]) for name in ("q", "phi", "theta_E")}
+    filled = canonical(given | main)
+    torch.testing.assert_close(filled["bulge_q"], torch.tensor([0.6, 2 / 3]))
+    torch.testing.assert_close(filled["bulge_phi"].abs(), torch.tensor([torch.pi / 4, torch.pi / 2]))
 
 
 def test_diagnostics_of_a_fit(model: tuple[LensModel, Tensor]) -> None:
