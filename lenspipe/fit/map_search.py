@@ -1,8 +1,8 @@
 """Maximum a posteriori: tempered Gauss-Newton with Marquardt damping, many starts a lens, all in one batch.
 
 The search goes from cheap to dear. Scouts, many starts of a lens on coarse pixels, climb with the noise multiplied by
-falling temperatures; half of them are dropped at every rung. The best of them that differ climb on at the true noise on
-finer pixels, and those that are still near the best one to the end on all pixels: the basins.
+falling temperatures; after every rung the best that differ go on. Those that are left climb with the whole source on
+finer pixels, and the best of them and its rival to the end on all pixels: the basins.
 """
 
 from __future__ import annotations
