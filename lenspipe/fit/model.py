@@ -54,7 +54,7 @@ class LensModel:
         self.weight = batch.usable / (batch.noise / unit)
         self.data = torch.where(batch.usable, self.data, 0.0)
         self.simulator = Simulator(optics, batch.psf, batch.pixel_scale, tuple(batch.image.shape[-2:]))  # type: ignore[arg-type]
-        self.blank = (self.data * self.weight).double().square().sum((-2, -1))  # chi^2 of an image without light
+        self.blank = (self.data * self.weight).square().sum((-2, -1), dtype=torch.float64)  # chi^2 without light
         self.reach = max(batch.psf.shape[-2:]) // 2
         edges = (extent(batch.usable.amax(axis)) for axis in (2, 1))
         self.seen = [(first - self.reach, end + self.reach) for first, end in edges]
@@ -147,7 +147,7 @@ class LensModel:
         for places, window in windows(lit, self.simulator.shape, self.reach, seen):
             lenses = rows[places]
             data, weight = (window.cut(field, lenses) for field in (self.data, self.weight))
-            dark = self.blank[lenses] - (data * weight).double().square().sum((-2, -1))
+            dark = self.blank[lenses] - (data * weight).square().sum((-2, -1), dtype=torch.float64)
             yield Part(places, self.simulator.within(window, lenses), data, weight, dark)
 
     @torch.no_grad()

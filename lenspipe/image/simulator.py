@@ -111,13 +111,13 @@ class Simulator:
 
     def within(self, window: Window, rows: Tensor) -> Simulator:
         """The forward model of the windows [n] of the lenses at `rows` [n]; no light from outside is blurred in."""
-        s, (ny, nx) = self.optics.supersampling, window.size
-        x, y = (axis.to(self.psf.device) for axis in pixel_grid(*self.shape, s, dtype=self.psf.dtype))
-        across, up = (torch.arange(side * s, device=self.psf.device) for side in (nx, ny))
-        scale = self.pixel_scale[rows, None]
         part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], window.size)
-        part.x = (scale * x[0][s * window.column[:, None] + across])[:, None].expand(-1, ny * s, -1)
-        part.y = (scale * y[:, 0][s * window.row[:, None] + up])[:, :, None].expand(-1, -1, nx * s)
+        s = self.optics.supersampling
+        y, x = (
+            self.pixel_scale[rows, None] * (first[:, None] + (torch.arange(s * size).to(self.psf) + 0.5) / s - side / 2)
+            for first, size, side in zip((window.row, window.column), window.size, self.shape, strict=True)
+        )
+        part.x, part.y = x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])
         part.convolution = self._convolution(window.size).take(rows)
         return part
 

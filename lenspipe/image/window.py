@@ -38,9 +38,8 @@ class Window:
 
     def cut(self, images: Tensor, rows: Tensor) -> Tensor:
         """The windows of the images at `rows` [n] of [lens, ny, nx]."""
-        up, across = (torch.arange(side, device=rows.device) for side in self.size)
-        row, column = self.row[:, None, None] + up[:, None], self.column[:, None, None] + across
-        return images[rows[:, None, None], row, column]
+        (ny, nx), corners = self.size, zip(rows.tolist(), self.row.tolist(), self.column.tolist(), strict=True)
+        return torch.stack([images[lens, row : row + ny, column : column + nx] for lens, row, column in corners])
 
 
 def block_side(frame: tuple[int, int]) -> int:

@@ -41,11 +41,13 @@ NOISE = (0.0333, 0.1, 0.333)
 ASKED = Fit(warmup=150, draws=250, r_hat_max=1.01, ess_min=400)
 
 
-def mocks(paths: Results, systems: range, sd: float, pixels: int) -> tuple[LensModel, torch.Tensor]:
+def mocks(
+    paths: Results, systems: range, sd: float, pixels: int, residual: bool = False
+) -> tuple[LensModel, torch.Tensor]:
     """Lenses drawn from the model with white noise, and their true unknowns; a system is the same at every noise."""
     number, scale = len(systems), FIELD / pixels
     source = read_source_prior(paths.source_prior)
-    source = source.without_residual() if isinstance(source, LearnedSource) else source
+    source = source.without_residual() if isinstance(source, LearnedSource) and not residual else source
     kernel = torch.from_numpy(gaussian_kernel(PSF_SD / scale)).float().expand(number, -1, -1)
     blank = torch.zeros(number, pixels, pixels)
     names = tuple(f"system-{system}" for system in systems)

@@ -417,7 +417,8 @@ def test_sampler_draws_a_gaussian_it_was_given_the_wrong_metric_for(correlated: 
     center = torch.zeros(2, 3, dtype=torch.float64)
     generators = [torch.Generator().manual_seed(i) for i in (1, 2)]
     target = gaussian_target(precision, mean)
-    draws = hmc.sample(target, center, 2 * torch.eye(3).double().expand(2, -1, -1), settings, generators)
+    run = hmc.Run(target, center, 2 * torch.eye(3).double().expand(2, -1, -1), settings, generators)
+    draws = run.finish()
     covariance = np.linalg.inv(precision.numpy())
     for lens in range(2):
         w = draws.w[lens].flatten(0, 1).numpy()
@@ -477,8 +478,8 @@ def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) ->
         chains = lens_model.take(chosen.repeat_interleave(2))
         center, hessian = truth[chosen], lens_model.take(chosen).hessian(truth[chosen])
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        drawn = hmc.sample(chains.value_and_gradient, center, hessian, settings, generators, chains.hessian)
-        return found.w, drawn.w
+        run = hmc.Run(chains.value_and_gradient, center, hessian, settings, generators, chains.hessian)
+        return found.w, run.finish().w
 
     alone = fit([1])
     for batch in ([2, 0, 1], [0, 2, 2, 1, 0, 0, 2, 0], [0, 2] * 31 + [1, 0]):
