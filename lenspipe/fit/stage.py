@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import dask
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-import zarr
 from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -37,6 +35,7 @@ from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import free_memory, keep_freed_memory
 from lenspipe.optics import read_optics
 from lenspipe.posterior.store import SOURCE_PARAMETERS
+from lenspipe.posterior.writing import write_shard
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
@@ -81,7 +80,7 @@ def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> N
     out = paths.manifest(shard)
     record = artefact.provenance("fit", used, files, config.seed, shard=shard, lenses=len(lenses))
     with artefact.written_whole(out.with_suffix(".zarr")) as store, artefact.written_whole(out) as manifest:
-        _write_store(store, fitted, record)
+        write_shard(store, fitted, record)
         rows = [
             {"name": n, "status": "failed" if reason else "fitted", "reason": reason} for n, reason in reasons.items()
         ]
@@ -322,6 +321,7 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     return {
         "model_map": (image, (unit * model.image(w_map)).numpy()),
         "model_mean": (image, (unit * models.mean(0)).numpy()),
+        "model_sd": (image, (unit * models.std(0)).numpy()),
         "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
         "source_mean": (source, (unit * sources.mean(0)).numpy()),
         "source_sd": (source, (unit * sources.std(0)).numpy()),
@@ -330,15 +330,6 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
         "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),
         "magnification": (("lens", "sample"), (lensed / total).numpy()),
     }
-
-
-def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[str, Any]) -> None:
-    zarr.open_group(store, mode="w").attrs[artefact.KEY] = record
-    for bucket, datasets in fitted.items():
-        if datasets:
-            group = xr.concat(datasets, dim="lens").sortby("name")
-            chunks = {n: {"chunks": (min(10, v.shape[0]), *v.shape[1:])} for n, v in group.items()}
-            group.to_zarr(store, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
 
 
 @contextmanager
