@@ -8,6 +8,7 @@ and `restore` brings back the old one.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -156,6 +157,16 @@ def _replace_folder(temporary: Path, target: Path) -> None:
             break
     for old in target.parent.glob(f".{target.name}.*{RETIRED}"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Let jobs that would write the same target do so one after the other, where the file system has locks."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def restore(target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The work on one batch of lenses, all of one shape: MAP, posterior, diagnostics and pictures, written as a part of its shard.
+"""The work on one batch of lenses of one shape: MAP, posterior, diagnostics and pictures; it is a part of its shard.
 
 A lens that cannot be fitted is a failure with its reason; the rest of its batch is fitted without it.
 """
@@ -226,6 +226,7 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     return {
         "model_map": (image, (unit * model.image(w_map)).numpy()),
         "model_mean": (image, (unit * models.mean(0)).numpy()),
+        "model_sd": (image, (unit * models.std(0)).numpy()),
         "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
         "source_mean": (source, (unit * sources.mean(0)).numpy()),
         "source_sd": (source, (unit * sources.std(0)).numpy()),
@@ -234,5 +235,3 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
         "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),
         "magnification": (("lens", "sample"), (lensed / total).numpy()),
     }
-
-

@@ -20,20 +20,20 @@ DIMENSIONS = "dimensions of"  # the entry that has those of all variables
 
 
 def write_part(folder: Path, batch: xr.Dataset) -> Path:
-    """Write the results of a batch into a new file of the folder; texts must be of the kind `object`."""
+    """Write the results of a batch into a new file of the folder; texts are read as objects."""
     arrays = {str(name): v.to_numpy() for name, v in batch.items()}
-    arrays = {name: a.astype(str) if a.dtype == object else a for name, a in arrays.items()}
+    arrays = {name: a.astype(object).astype(str) if a.dtype.kind in "OT" else a for name, a in arrays.items()}
     dimensions = json.dumps({str(name): list(v.dims) for name, v in batch.items()})
     path = folder / f"{uuid.uuid4().hex}.npz"
     with written_whole(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays, **{DIMENSIONS: np.array(dimensions)})
+        np.savez(file, allow_pickle=False, **{**arrays, DIMENSIONS: np.array(dimensions)})
     return path
 
 
 def read_part(path: Path, names: list[str] | None = None) -> xr.Dataset | None:
     """The variables of a part, all or those named; None where it is gone, cut short or damaged."""
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:
             dimensions = json.loads(str(file[DIMENSIONS]))
             arrays = {name: file[name] for name in names or dimensions}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 import zarr
@@ -22,7 +23,6 @@ from lenspipe import artefact
 from lenspipe.config import Config
 from lenspipe.errors import InputError
 from lenspipe.fit.parts import read_part, write_part
-from lenspipe.posterior.store import damaged
 from lenspipe.results import Results
 
 HOW_IT_RUNS = {"shard_size", "batch_size"}  # settings of fits that decide no result
@@ -39,13 +39,12 @@ class Place:
 
 
 def lens_hashes(config: Config, paths: Results, lenses: pd.DataFrame) -> dict[str, str]:
-    """Hash of all that decides the result of each usable lens of the catalogue, by name: settings, files, its own data."""
+    """Hash of all that decides the result of each usable lens, by name: settings, earlier stages, its data."""
     settings = config.model_dump(mode="json", include={"seed": True, "lens": True, "priors": True, "fit": True})
     settings["fit"] = {key: value for key, value in settings["fit"].items() if key not in HOW_IT_RUNS}
-    table = [paths.deflection_table] if config.lens.deflection == "table" else []
     common = {
         "settings": settings,
-        "files": {path.name: artefact.content_hash(path) for path in (paths.source_prior, *table)},
+        "files": {path.name: artefact.content_hash(path) for path in files_that_decide(config, paths)},
         "lenspipe": artefact.versions()["lenspipe"],
     }
     begun = hashlib.sha256(json.dumps(common, sort_keys=True).encode())
@@ -58,6 +57,11 @@ def lens_hashes(config: Config, paths: Results, lenses: pd.DataFrame) -> dict[st
     return found
 
 
+def files_that_decide(config: Config, paths: Results) -> list[Path]:
+    """Files of earlier stages that decide the results of all lenses."""
+    return [paths.source_prior, *([paths.deflection_table] if config.lens.deflection == "table" else [])]
+
+
 def stores(fit: Path) -> list[Path]:
     """The stores of all shards, those of an earlier, larger catalogue too."""
     return sorted(fit.glob("shard-*.zarr"))
@@ -68,10 +72,22 @@ def index_of_store(store: Path) -> dict[str, Place]:
     found: dict[str, Place] = {}
     try:
         for bucket, group in zarr.open_group(store, mode="r").groups():
-            names, hashes = (group[key][:].tolist() for key in ("name", "hash"))  # type: ignore[index]
+            names, hashes = (np.asarray(group[key]).tolist() for key in ("name", "hash"))
             found |= {h: Place(store, row, n, bucket) for row, (n, h) in enumerate(zip(names, hashes, strict=True))}
     except (OSError, ValueError, KeyError, RuntimeError):
         return found
+    return found
+
+
+def damaged(store: Path) -> list[str]:
+    """Names of the lenses of a store whose group cannot be read."""
+    found = []
+    for bucket in zarr.open_group(store, mode="r").group_keys():
+        group = xr.open_zarr(store, group=bucket, consolidated=False)
+        try:
+            group.load()
+        except (OSError, ValueError, KeyError, RuntimeError):
+            found += [place.name for place in index_of_store(store).values() if place.bucket == bucket]
     return found
 
 
@@ -86,32 +102,40 @@ def index_of_parts(parts: Iterable[Path]) -> dict[str, Place]:
     return found
 
 
-def finished(paths: Results, shard: int, hashes: Collection[str]) -> dict[str, Place]:
-    """Where the results of some lenses lie, by hash: in this shard's parts, its store or, as parts made now, elsewhere."""
-    own = paths.store(shard)
-    unreadable = set(damaged(own)) if own.exists() else set()
-    found = {h: place for h, place in index_of_store(own).items() if place.name not in unreadable}
-    parts = sorted(paths.fit.glob("parts/*/*.npz"), key=lambda path: path.stat().st_mtime)
-    found |= index_of_parts(parts)
-    missing = set(hashes) - found.keys()
-    if missing:
-        others = [store for store in stores(paths.fit) if store != own]
-        elsewhere = {h: place for store in others for h, place in index_of_store(store).items() if h in missing}
-        found |= index_of_parts(taken_over(elsewhere, paths.parts(shard)))
+def located(paths: Results, shard: int, hashes: Collection[str], unreadable: Collection[str] = ()) -> dict[str, Place]:
+    """Where results lie, by hash: in this shard's store, without the names `unreadable`, or, later, in parts."""
+    found = {h: place for h, place in index_of_store(paths.store(shard)).items() if place.name not in unreadable}
+    found |= index_of_parts(sorted(paths.fit.glob("parts/*/*.npz"), key=age))
     return {h: place for h, place in found.items() if h in set(hashes)}
 
 
-def taken_over(places: Mapping[str, Place], folder: Path) -> Iterator[Path]:
-    """Parts made of what lies in the stores of other shards, but for stores that are damaged or just being replaced."""
-    for (store, bucket), chosen in by_file(places.values()).items():
+def age(path: Path) -> float:
+    """When a file was written; zero for one that another job has just removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def take_over(paths: Results, shard: int, hashes: Collection[str]) -> None:
+    """Make parts of this shard from results that are in the stores of other shards."""
+    others = [store for store in stores(paths.fit) if store != paths.store(shard)]
+    elsewhere = {h: place for store in others for h, place in index_of_store(store).items() if h in set(hashes)}
+    for (store, bucket), chosen in by_file(elsewhere.values()).items():
+        batch = loaded(store, bucket, chosen)
+        if batch is not None:
+            write_part(paths.parts(shard), batch)
+
+
+def loaded(store: Path, bucket: str, places: list[Place]) -> xr.Dataset | None:
+    """Rows of the store of another shard; None where it is damaged or was replaced in the meantime."""
+    try:
         before = store.stat().st_ino
-        try:
-            batch = opened(store, bucket, chosen).load()
-            still = store.stat().st_ino == before
-        except (OSError, ValueError, KeyError, RuntimeError, InputError):
-            continue
-        if still and not {place.name for place in chosen} & set(damaged(store)):
-            yield write_part(folder, batch)
+        batch = opened(store, bucket, places).load()
+        sound = store.stat().st_ino == before and not {place.name for place in places} & set(damaged(store))
+    except (OSError, ValueError, KeyError, RuntimeError, InputError):
+        return None
+    return batch if sound else None
 
 
 def guests(paths: Results, shard: int, members: Collection[str], hashes: Collection[str]) -> dict[str, Place]:

@@ -1,35 +1,32 @@
 """Stage `fit`: MAP and posterior of every lens of a shard of the catalogue.
 
-What is fitted already, from the same settings and inputs, is kept. The other lenses, those of one shape together, are cut
-into batches; each batch is one Dask task and leaves a part on disk. When all are there, they become the shard's store. A
-lens that cannot be fitted is a row of the shard's manifest with its reason.
+What is fitted already, from the same settings and inputs, is kept. The other lenses, those of one shape together, are
+cut into batches; each batch is one Dask task and leaves a part on disk. When all are there, they become the shard's
+store. A lens that cannot be fitted is a row of the shard's manifest with its reason.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import dask
 import pandas as pd
-import xarray as xr
-import zarr
 from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
-from lenspipe.errors import InputError
+from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import resume
 from lenspipe.fit.batch import Result, Task, fit_task, one_by_one
 from lenspipe.fit.resume import Place
 from lenspipe.memory import free_memory
+from lenspipe.posterior.writing import write_shard
 from lenspipe.results import Results
 
 BYTES_PER_RAY = 250  # that a chain takes for its gradient
@@ -54,7 +51,10 @@ def fit_shard(
     artefact.restore(store)
     hashes = resume.lens_hashes(config, paths, catalogue)
     own = {name: hashes[name] for name in lenses["name"] if name in hashes}
-    places = resume.finished(paths, shard, own.values())
+    unreadable = resume.damaged(store) if store.exists() else []
+    places = resume.located(paths, shard, own.values(), unreadable)
+    resume.take_over(paths, shard, own.values() - places.keys())
+    places = resume.located(paths, shard, own.values(), unreadable)
     failed = resume.recorded_failures(store, own)
     parts = list(paths.parts(shard).glob("*.npz"))
     todo = [name for name, h in own.items() if name in again or (h not in places and name not in failed)]
@@ -63,30 +63,34 @@ def fit_shard(
         advance(len(lenses) - len(todo))
         for task, made, failures in _run(tasks, workers):
             parts += made
-            places |= resume.index_of_parts(made)
             failed = {name: why for name, why in failed.items() if name not in task.names} | failures
             advance(len(task.names))
-    failed = {name: why for name, why in failed.items() if own[name] not in places}
-    places |= resume.guests(paths, shard, own.values(), hashes.values())
-    facts = {"shard": shard, "lenses": len(lenses), "failed": {name: (own[name], why) for name, why in failed.items()}}
-    bucket_of = dict(zip(catalogue["name"], catalogue["bucket"], strict=True))
-    _write_shard(config, paths, shard, places, bucket_of, facts)
-    reasons = dict(zip(lenses["name"], lenses["reason"], strict=True)) | failed
-    with artefact.written_whole(paths.manifest(shard)) as manifest:
-        rows = [{"name": n, "status": "failed" if why else "fitted", "reason": why} for n, why in reasons.items()]
-        pd.DataFrame(rows).to_csv(manifest, index=False)
-    for part in parts:
-        part.unlink(missing_ok=True)
+    with artefact.alone(store):
+        places = resume.located(paths, shard, own.values(), unreadable)
+        reasons = {name: why for name, why in failed.items() if own[name] not in places}
+        if lost := [name for name, h in own.items() if h not in places and name not in reasons]:
+            raise LenspipeError(f"{store}: another job has taken away the results of {', '.join(lost)}; run again")
+        buckets = catalogue.set_index("name")["bucket"].to_dict()
+        places |= resume.guests(paths, shard, own.values(), hashes.values())
+        _write_shard(config, paths, shard, places, own, reasons, buckets)
+        _write_manifest(paths.manifest(shard), lenses.set_index("name")["reason"].to_dict() | reasons)
+        for part in parts:
+            part.unlink(missing_ok=True)
     _remove_shards_beyond(config, paths, len(catalogue), set(hashes.values()))
 
 
 def members(config: Config, paths: Results, shard: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The lenses of a shard, and the whole catalogue. Raises InputError where there is no such shard."""
     size, catalogue = config.fit.shard_size, read_catalogue(paths.catalogue)
-    shards = -(-len(catalogue) // size)
+    shards = shard_count(config, len(catalogue))
     if not 0 <= shard < shards:
         raise InputError(f"no shard {shard}: the catalogue {paths.catalogue} has {shards}, the first is 0")
     return catalogue.iloc[shard * size : (shard + 1) * size], catalogue
+
+
+def shard_count(config: Config, lenses: int) -> int:
+    """Into how many shards a catalogue of so many lenses is cut."""
+    return -(-lenses // config.fit.shard_size)
 
 
 def plan(
@@ -118,19 +122,27 @@ def _write_shard(
     paths: Results,
     shard: int,
     places: Mapping[str, Place],
+    own: Mapping[str, str],
+    failed: Mapping[str, str],
     bucket_of: Mapping[str, str],
-    facts: Mapping[str, Any],
 ) -> None:
     """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone."""
     store = paths.store(shard)
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
-    table = [paths.deflection_table] if config.lens.deflection == "table" else []
-    files = [paths.catalogue.with_name("lenses.csv"), paths.source_prior, *table]
-    record = artefact.provenance("fit", used, files, config.seed, **facts)
-    if resume.index_of_store(store) == places and artefact.read_record(store)["facts"] == json.loads(json.dumps(facts)):
+    files = [paths.catalogue.with_name("lenses.csv"), *resume.files_that_decide(config, paths)]
+    facts = {"shard": shard, "failed": {name: [own[name], reason] for name, reason in failed.items()}}
+    if store.exists() and resume.index_of_store(store) == places and artefact.read_record(store)["facts"] == facts:
         return
+    record = artefact.provenance("fit", used, files, config.seed, **facts)
     with artefact.written_whole(store) as whole:
         write_shard(whole, resume.gathered(places.values(), bucket_of), record)
+
+
+def _write_manifest(path: Path, reasons: Mapping[str, str]) -> None:
+    """One row a lens: failed for a reason, or fitted."""
+    rows = [{"name": n, "status": "failed" if why else "fitted", "reason": why} for n, why in reasons.items()]
+    with artefact.written_whole(path) as manifest:
+        pd.DataFrame(rows).to_csv(manifest, index=False)
 
 
 def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: Collection[str]) -> None:
@@ -138,7 +150,7 @@ def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: C
 
     A store stays without its manifest as long as it has results that shards of this run have not taken over yet.
     """
-    shards = -(-lenses // config.fit.shard_size)
+    shards = shard_count(config, lenses)
 
     def beyond(path: Path) -> bool:
         return int(path.stem.split("-")[1]) >= shards
@@ -198,15 +210,6 @@ def _run(tasks: list[Task], workers: int, work: Callable[[Task], Result] | None 
                     again = client.submit(work, alone, pure=False)
                     futures[again] = alone
                     waiting.add(again)
-
-
-def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[str, Any]) -> None:
-    zarr.open_group(store, mode="w").attrs[artefact.KEY] = record
-    for bucket, datasets in fitted.items():
-        if datasets:
-            group = xr.concat(datasets, dim="lens").sortby("name")
-            chunks = {n: {"chunks": (min(10, v.shape[0]), *v.shape[1:])} for n, v in group.items()}
-            group.to_zarr(store, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
 
 
 @contextmanager
