@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from lenspipe.posterior.store import PARAMETERS
+from lenspipe.posteriors.store import PARAMETERS
 
 CENTRES = {"theta_E": 1.2, "gamma": 2.0, "q": 0.8, "source_size": 1.5, "source_flux": 1.0}
 DIAGNOSTICS = ("chi2_per_pixel", "predictive_p", "residual_correlation", "residual_excess", "residual_excess_error")
@@ -36,7 +36,7 @@ def posteriors(
     data |= {name: (chain_draw, normal(chains, draws)) for name in ("log_density", "energy")}
     data["acceptance"] = (chain_draw, rng.random((n, chains, draws)))
     data["diverging"] = (chain_draw, np.zeros((n, chains, draws), bool))
-    data |= {name: ("lens", np.abs(normal())) for name in (*DIAGNOSTICS, "seconds", "seconds_map")}
+    data |= {name: ("lens", np.abs(normal()) + 0.1) for name in (*DIAGNOSTICS, "seconds", "seconds_map")}
     data |= {name: ("lens", np.full(n, 4)) for name in ("pixels", "images_map", "starts", "starts_agreeing")}
     data["converged"] = ("lens", np.ones(n, bool))
     data["prior_depth_of"] = ("lens", np.array(["gamma"] * n))
@@ -44,6 +44,7 @@ def posteriors(
     data["start_basin"] = (("lens", "start"), np.zeros((n, START_COUNT), int))
     for name in ("basin_log_density", "basin_log_evidence"):
         data[name] = (("lens", "basin"), -np.sort(np.abs(normal(BASIN_COUNT))))
+    data["basin_parameters"] = (("lens", "basin", "parameter"), normal(BASIN_COUNT, len(PARAMETERS)))
     data["basin_w"] = (("lens", "basin", "unknown"), normal(BASIN_COUNT, 12 + latents))
     data |= {name: (("lens", "y", "x"), normal(pixels, pixels, dtype="float32")) for name in IMAGES}
     source = ("lens", "source_row", "source_column")

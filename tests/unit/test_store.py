@@ -10,8 +10,8 @@ import xarray as xr
 import zarr
 
 from lenspipe.errors import InputError
-from lenspipe.posterior import writing
-from lenspipe.posterior.writing import write_shard
+from lenspipe.posteriors import writing
+from lenspipe.posteriors.writing import write_shard
 from tests.posteriors import posteriors
 
 
@@ -26,7 +26,7 @@ def test_lenses_of_all_parts_come_back_by_name(tmp_path: Path, monkeypatch: pyte
     write_shard(tmp_path / "shard-0000.zarr", {"image16x16": parts, "none": []}, {"stage": "fit"})
     assert zarr.open_group(tmp_path / "shard-0000.zarr", mode="r").attrs["lenspipe"] == {"stage": "fit"}
     found = xr.open_zarr(tmp_path / "shard-0000.zarr", group="image16x16", consolidated=False).load()
-    expected = xr.concat(parts, dim="lens").sortby("name").load()
+    expected = xr.concat([part.load() for part in parts], dim="lens").sortby("name")
     assert found["name"].values.tolist() == list("abcdefghij")
     assert set(found) == set(expected)
     for name in expected:
