@@ -1,12 +1,12 @@
 """Posteriors on disk: one Zarr folder a shard, in it one group for each shape of image.
 
-A group has dimensions lens, chain, draw and, where they apply, latent, start, basin, sample, y, x, source_row,
+A group has dimensions lens, chain, draw and, where they apply, source_unknown, start, basin, sample, y, x, source_row,
 source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 
 | variables | dimensions |
 |---|---|
 | `theta_E, gamma, q, phi, ...` | lens, chain, draw |
-| `latent` (standard normal) | lens, chain, draw, latent |
+| `latent`, the source's unknowns (standard normal) | lens, chain, draw, source_unknown |
 | `log_density, acceptance, diverging, energy` | lens, chain, draw |
 | `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
 | `einstein_radius_map` ["], of the critical curve; `images_map`, of the source's centre | lens |
