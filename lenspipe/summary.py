@@ -152,9 +152,9 @@ def group_rows(group: xr.Dataset, settings: Summary) -> pd.DataFrame:
 
 
 def moments(name: str, values: NDArray) -> dict[str, NDArray]:
-    """Median, central 68 %, mean and standard deviation [lens] of values [lens, draw]."""
+    """Median, central 68 %, mean and standard deviation (over n, as ArviZ has it) [lens] of values [lens, draw]."""
     p16, median, p84 = np.percentile(values, [16, 50, 84], axis=1)
-    spread = {"mean": values.mean(1), "sd": values.std(1, ddof=1)}
+    spread = {"mean": values.mean(1), "sd": values.std(1)}
     return {f"{name}_{key}": value for key, value in ({"median": median, "p16": p16, "p84": p84} | spread).items()}
 
 
