@@ -26,7 +26,7 @@ from lenspipe.fit import resume
 from lenspipe.fit.batch import Result, Task, fit_task, one_by_one
 from lenspipe.fit.resume import Place
 from lenspipe.memory import free_memory
-from lenspipe.posterior.writing import write_shard
+from lenspipe.posteriors.writing import write_shard
 from lenspipe.results import Results
 
 BYTES_PER_RAY = 250  # that a chain takes for its gradient

@@ -20,8 +20,7 @@ import yaml
 from astropy.io import fits
 from astropy.table import Table
 
-from lenspipe import artefact
-from lenspipe.posterior import open_posteriors, posterior
+from lenspipe import artefact, open_posteriors, posterior
 from tests.conftest import ROOT, TINY, environment, snakemake
 
 pytestmark = pytest.mark.workflow
