@@ -11,28 +11,25 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
 import zarr
-from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lenspipe import artefact
 from lenspipe.artefact import content_hash
 from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Config, load_config
 from lenspipe.errors import InputError
-from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, reference
+from lenspipe.fit import chains, cluster, derived, diagnostics, hmc, map_search, reference
 from lenspipe.fit.model import LensModel
+from lenspipe.fit.progress import progress
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import free_memory, keep_freed_memory
 from lenspipe.optics import read_optics
@@ -58,24 +55,28 @@ class Task:
     names: tuple[str, ...]
 
 
-def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> None:
+def fit_shard(config: Config, paths: Results, shard: int, workers: int | None = 1) -> None:
     """Fit the lenses of one shard; write its manifest (shard-0000.csv) and `shard-0000.zarr` beside it.
 
-    workers: processes that fit batches side by side, one thread each; 1 fits in this process.
+    workers: greatest number of processes on this machine that fit batches side by side, one thread each; 1 fits in this
+    process, None is one for each GPU or processor. With a cluster elsewhere it has no meaning.
     """
     size, catalogue = config.fit.shard_size, read_catalogue(paths.catalogue)
     shards = -(-len(catalogue) // size)
     if not 0 <= shard < shards:
         raise InputError(f"no shard {shard}: the catalogue {paths.catalogue} has {shards}, the first is 0")
     lenses = catalogue.iloc[shard * size : (shard + 1) * size]
+    workers = cluster.side_by_side(config.cluster, workers)
     tasks = list(_tasks(config, paths, lenses, workers))
     fitted: dict[str, list[xr.Dataset]] = {}
     reasons = dict(zip(lenses["name"], lenses["reason"], strict=True))
-    with _progress(len(lenses)) as advance:
-        for task, datasets, failures in _run(tasks, workers):
+    logs = paths.fit_logs / f"shard-{shard:04d}"
+    with progress(sum(len(task.names) for task in tasks)) as advance:
+        for task, result, reason in cluster.run(tasks, fit_task, config.cluster, _halves, workers, logs):
+            _, datasets, failures = result or (task, [], dict.fromkeys(task.names, reason))
             fitted.setdefault(task.bucket, []).extend(datasets)
             reasons |= failures
-            advance(len(task.names))
+            advance(len(task.names), len(failures))
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
     files = [paths.catalogue, paths.source_prior, paths.deflection_table]
     out = paths.manifest(shard)
@@ -123,45 +124,6 @@ def device() -> torch.device:
 Result = tuple[Task, list[xr.Dataset], dict[str, str]]
 
 
-def _run(tasks: list[Task], workers: int, work: Callable[[Task], Result] | None = None) -> Iterator[Result]:
-    """Results of all tasks as they come. The lenses of a batch whose workers died are tried again, one by one."""
-    work = work or fit_task
-    if workers == 1 or len(tasks) < 2:
-        yield from map(work, tasks)
-        return
-    settings = {
-        "distributed.scheduler.allowed-failures": 2,
-        "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
-    }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=min(workers, len(tasks)), threads_per_worker=1, memory_limit=0, dashboard_address=":0"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.wait_for_workers(min(workers, len(tasks)))
-        futures = dict(zip(client.map(work, tasks, pure=False), tasks, strict=True))
-        waiting = as_completed(futures)
-        for future in waiting:
-            task, error = futures[future], future.exception()
-            if error is None:
-                yield future.result()
-            elif not isinstance(error, KilledWorker):
-                raise error
-            elif len(task.names) == 1:
-                yield (
-                    task,
-                    [],
-                    {task.names[0]: "every worker that fitted it died; it may need more memory than there is"},
-                )
-            else:
-                for alone in _one_by_one(task):
-                    again = client.submit(work, alone, pure=False)
-                    futures[again] = alone
-                    waiting.add(again)
-
-
 def _one_by_one(task: Task) -> list[Task]:
     return [replace(task, names=(name,)) for name in task.names]
 
@@ -176,6 +138,7 @@ def fit_task(task: Task) -> Result:
     try:
         return task, [fit_lenses(task)], {}
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        cluster.log.warning("failed: %s", " ".join(task.names), exc_info=True)
         if len(task.names) == 1:
             return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
         parts = _halves(task) if out_of_memory(error) else _one_by_one(task)
@@ -339,12 +302,3 @@ def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[
             group = xr.concat(datasets, dim="lens").sortby("name")
             chunks = {n: {"chunks": (min(10, v.shape[0]), *v.shape[1:])} for n, v in group.items()}
             group.to_zarr(store, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of lenses done, with the time spent and left; yields what to call with the number of lenses just done."""
-    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("fit", total=total)
-        yield lambda lenses: bar.advance(task, lenses)
