@@ -157,6 +157,25 @@ def fit(
 
 
 @app.command()
+def refit(
+    names: Annotated[list[str] | None, typer.Argument(help="lenses by name")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="or a condition on columns of the summary: 'ess_bulk_min < 400'")
+    ] = None,
+    draws_factor: Annotated[int, typer.Option(min=1, help="so many times the draws; as many as ever are kept")] = 4,
+    config: Settings = DEFAULT_CONFIG,
+    results: Folder = DEFAULT_RESULTS,
+    workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
+) -> None:
+    """Fit chosen lenses again, failed ones too, with more draws; then run Snakemake for the summary and the report."""
+    from lenspipe.fit.refit import refit_lenses
+
+    with plain_errors():
+        chosen = refit_lenses(load_config(config), Results(results), names or [], where, draws_factor, workers)
+    console.print(f"fitted again: {', '.join(chosen)}")
+
+
+@app.command()
 def summary(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
     """Summarise the posteriors: one row a lens, with flags."""
     from lenspipe.summary import write_summary

@@ -56,6 +56,12 @@ class Results:
     def manifest(self, shard: int) -> Path:
         return self.fit / f"shard-{shard:04d}.csv"
 
+    def store(self, shard: int) -> Path:
+        return self.fit / f"shard-{shard:04d}.zarr"
+
+    def parts(self, shard: int) -> Path:
+        return self.fit / f"parts/shard-{shard:04d}"
+
     @property
     def summary(self) -> Path:
         return self.root / "summary/lenses.csv"

@@ -287,7 +287,7 @@ def local_cluster(workers: int) -> SpecCluster:
 
 def nannies(devices: Sequence[str], workers: int) -> dict[int, dict[str, Any]]:
     """What SpecCluster makes workers from: one thread each, and its own GPU, seen as the only one, where there are."""
-    options: dict[str, Any] = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "dashboard": False}
+    options: dict[str, Any] = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR}
     if not devices:
         return {number: {"cls": Nanny, "options": options} for number in range(workers)}
     return {

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 @dataclass
 class Tally:
-    """Lenses of a shard, how many are done and failed, and since when."""
+    """Lenses that are to be fitted, how many are done and failed, and since when."""
 
     total: int
     done: int = 0
@@ -40,10 +40,15 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress(total: int, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Yields what to call after every batch, with the number of its lenses and of those that failed."""
+def progress(total: int, kept: int = 0, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Yields what to call after every batch, with the number of its lenses and of those that failed.
+
+    kept: lenses that an earlier run has fitted, which are not among the `total`.
+    """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     tally = Tally(total)
+    if kept:
+        console.print(f"fit: {kept} lenses need no fit or have theirs, {total} are to be fitted")
     if not console.is_terminal:
 
         def line(lenses: int, failed: int) -> None:

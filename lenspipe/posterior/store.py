@@ -16,7 +16,7 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `basin_w`, the unknowns of each solution (standard normal) | lens, basin, unknown |
 | `predictive_p`, `residual_correlation`, `residual_excess` and its `_error`, `starts, starts_agreeing` | lens |
 | `evidence_lead` [nat]; `prior_depth`, the greatest median of a named unknown's size; `prior_depth_of`, whose | lens |
-| `model_map, model_mean` (image units) | lens, y, x |
+| `model_map, model_mean, model_sd` (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |
 | `source_frame`: x and y of the centre and the full width of those three ["] | lens, frame |
 """

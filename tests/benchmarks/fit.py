@@ -22,8 +22,8 @@ import torch
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
 from lenspipe.fit import chains, map_search, reference
+from lenspipe.fit.batch import monitored
 from lenspipe.fit.model import LensModel
-from lenspipe.fit.stage import monitored
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.memory import keep_freed_memory
 from lenspipe.optics import read_optics

@@ -20,9 +20,9 @@ from rich.console import Console
 from lenspipe.config import Cluster
 from lenspipe.errors import ClusterError, ConfigError, InputError
 from lenspipe.fit import cluster
+from lenspipe.fit.batch import Task as FitTask
+from lenspipe.fit.batch import fit_task
 from lenspipe.fit.progress import Tally, progress
-from lenspipe.fit.stage import Task as FitTask
-from lenspipe.fit.stage import fit_task
 from lenspipe.results import Results
 from tests.conftest import ROOT
 from tests.fan_out_work import Batch, deadly, device, dies_once, fitted, halves, kill_and_wait, stumbles
@@ -196,10 +196,11 @@ def test_a_site_file_of_ones_own(tmp_path: Path) -> None:
 
 def test_progress_of_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
     """A plain line for every batch."""
-    with progress(5) as advance:
+    with progress(5, kept=3) as advance:
         advance(2, 0)
         advance(3, 1)
-    lines = capsys.readouterr().err.splitlines()
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "fit: 3 lenses need no fit or have theirs, 5 are to be fitted"
     assert [line.split(", ")[:2] for line in lines] == [
         ["fit: 2 of 5 lenses done", "0 of them failed"],
         ["fit: 5 of 5 lenses done", "1 of them failed"],
@@ -209,7 +210,7 @@ def test_progress_of_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_progress_on_a_terminal() -> None:
     console = Console(force_terminal=True, width=140, record=True, file=StringIO())
-    with progress(4, console) as advance:
+    with progress(4, console=console) as advance:
         advance(3, 1)
     assert "fit: 3 of 4 lenses done, 1 of them failed" in console.export_text()
 

@@ -1,4 +1,8 @@
-"""MAP and posterior of every lens of one shard of the catalogue."""
+"""MAP and posterior of every lens of one shard of the catalogue.
+
+The store `shard-0000.zarr` beside the manifest is no output that Snakemake knows, which would remove it before a rerun: what
+is in it and still stands is kept.
+"""
 
 
 rule fit:
@@ -8,7 +12,6 @@ rule fit:
         "results/deflection_table/deflection_table.safetensors",
     output:
         "results/fit/shard-{shard}.csv",
-        "results/fit/shard-{shard}.zarr/zarr.json",
     log:
         "results/logs/fit-{shard}.log",
     benchmark:
