@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +15,10 @@ from torch import Tensor
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
-from lenspipe.errors import InputError
 from lenspipe.fit import batch, chains, derived, diagnostics, hmc, map_search, stage
-from lenspipe.fit.batch import Result, Task
+from lenspipe.fit.batch import Task
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.parts import read_part
-from lenspipe.fit.stage import _run
 from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution, gaussian_kernel
 from lenspipe.image.simulator import LineOfSight, Optics, canonical
@@ -412,28 +408,6 @@ def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> Non
     beside, _, _ = map_search.climb(lens_model, far, 1.0, 12)
     alone, _, _ = map_search.climb(lens_model.take(torch.tensor([1])), near[1:2], 1.0, 12)
     torch.testing.assert_close(beside[1], alone[0], rtol=1e-9, atol=1e-9)
-
-
-def deadly(task: Task) -> Result:
-    """Work that kills its process where a lens is called bad."""
-    if "bad" in task.names:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task, [], dict.fromkeys(task.names, "fitted")
-
-
-def test_a_lens_that_kills_its_workers_is_the_only_one_lost(tmp_path: Path) -> None:
-    tasks = [Task("{}", Results(tmp_path), "b", names) for names in (("a", "bad"), ("c",))]
-    outcome = {name: said for _, _, reasons in _run(tasks, 2, deadly) for name, said in reasons.items()}
-    assert outcome.pop("bad").startswith("every worker that fitted it died")
-    assert outcome == {"a": "fitted", "c": "fitted"}
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_the_run_is_no_fault_of_the_lenses(workers: int, tmp_path: Path) -> None:
-    """A missing file stops the job, so that it can be mended and run again; it makes no failed rows."""
-    tasks = [Task("{}", Results(tmp_path), "b", (name,)) for name in "ab"]
-    with pytest.raises((InputError, OSError), match=str(tmp_path)):
-        list(_run(tasks, workers))
 
 
 GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5)

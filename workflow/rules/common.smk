@@ -23,10 +23,13 @@ except LenspipeError as error:
     raise WorkflowError(str(error))
 
 
-
 onstart:
     note_run(Path("results"))
 
+
+# Where fits run is no parameter of theirs: written into the command by its global name, it reruns nothing when it changes.
+cluster_settings = settings.cluster.model_dump_json()
+fitted_elsewhere = settings.cluster.kind != "local"
 
 environment = f"{workflow.basedir}/envs/cpu.yaml"
 
