@@ -25,7 +25,7 @@ from lenspipe.fit.parts import write_part
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import keep_freed_memory
 from lenspipe.optics import read_optics
-from lenspipe.posterior.store import SOURCE_PARAMETERS
+from lenspipe.posteriors.store import SOURCE_PARAMETERS, parameter_names
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
@@ -109,7 +109,7 @@ def build_model(config: Config, paths: Results, bucket: str, names: list[str]) -
 
 
 def fit_lenses(task: Task) -> xr.Dataset:
-    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posterior.store`.
+    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posteriors.store`.
 
     What the search found is kept with the chains in a checkpoint, from which a killed batch goes on.
     """
@@ -189,7 +189,7 @@ def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr
     data: dict[str, tuple[object, np.ndarray]] = {"name": ("lens", np.array(model.batch.names, dtype=object))}
     for name, value in _reported(model, flat).items():
         data[name] = (chain_draw, value.reshape(lenses, number_of_chains, number).numpy().astype("float32"))
-    data["latent"] = ((*chain_draw, "latent"), model.split(draws.w)[1].numpy().astype("float32"))
+    data["latent"] = ((*chain_draw, "source_unknown"), model.split(draws.w)[1].numpy().astype("float32"))
     for name in ("log_density", "acceptance", "diverging", "energy"):
         data[name] = (chain_draw, getattr(draws, name).numpy())
     for name, value in _reported(model, found.w).items():
@@ -203,7 +203,15 @@ def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr
     data["step_size"] = ("lens", draws.step_size.numpy())
     data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
     data |= diagnostics.variables(model, found, draws)
+    data["basin_parameters"] = (("lens", "basin", "parameter"), _of_basins(model, found, xr.Dataset(data)))
     return xr.Dataset(data | _pictures(model, found.w, draws.w))
+
+
+def _of_basins(model: LensModel, found: map_search.MapFit, data: xr.Dataset) -> np.ndarray:
+    """Parameters [lens, basin, parameter] of the search's solutions, in the order of `parameter_names`."""
+    reported = _reported(model, found.basins_w.flatten(0, 1))
+    columns = torch.stack([reported[name] for name in parameter_names(data)], -1)
+    return columns.unflatten(0, found.basins_w.shape[:2]).numpy().astype("float64")
 
 
 def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from lenspipe import artefact
 from lenspipe.config import Config
 from lenspipe.errors import InputError
 from lenspipe.fit.parts import read_part, write_part
+from lenspipe.posteriors.shards import damaged
 from lenspipe.results import Results
 
 HOW_IT_RUNS = {"shard_size", "batch_size"}  # settings of fits that decide no result
@@ -76,18 +77,6 @@ def index_of_store(store: Path) -> dict[str, Place]:
             found |= {h: Place(store, row, n, bucket) for row, (n, h) in enumerate(zip(names, hashes, strict=True))}
     except (OSError, ValueError, KeyError, RuntimeError):
         return found
-    return found
-
-
-def damaged(store: Path) -> list[str]:
-    """Names of the lenses of a store whose group cannot be read."""
-    found = []
-    for bucket in zarr.open_group(store, mode="r").group_keys():
-        group = xr.open_zarr(store, group=bucket, consolidated=False)
-        try:
-            group.load()
-        except (OSError, ValueError, KeyError, RuntimeError):
-            found += [place.name for place in index_of_store(store).values() if place.bucket == bucket]
     return found
 
 

@@ -23,7 +23,7 @@ from lenspipe.fit.batch import Task, fit_task, halves
 from lenspipe.fit.progress import progress
 from lenspipe.fit.resume import Place
 from lenspipe.memory import free_memory
-from lenspipe.posterior.writing import write_shard
+from lenspipe.posteriors.writing import write_shard
 from lenspipe.results import Results
 
 BYTES_PER_RAY = 250  # that a chain takes for its gradient

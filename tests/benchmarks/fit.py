@@ -27,7 +27,7 @@ from lenspipe.fit.model import LensModel
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.memory import keep_freed_memory
 from lenspipe.optics import read_optics
-from lenspipe.posterior.convergence import convergence
+from lenspipe.posteriors.convergence import convergence
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for

@@ -23,7 +23,8 @@ from lenspipe.fit.batch import Task
 from lenspipe.fit.parts import read_part, write_part
 from lenspipe.fit.refit import refit_lenses
 from lenspipe.fit.stage import fit_shard
-from lenspipe.posterior.store import open_posteriors, read_manifests
+from lenspipe.posteriors.reading import open_posteriors
+from lenspipe.posteriors.shards import read_manifests
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
 from tests.posteriors import posteriors

@@ -20,8 +20,7 @@ import yaml
 from astropy.io import fits
 from astropy.table import Table
 
-from lenspipe import artefact
-from lenspipe.posterior import open_posteriors, posterior
+from lenspipe import artefact, open_posteriors, posterior
 from tests.conftest import ROOT, TINY, environment, snakemake
 
 pytestmark = pytest.mark.workflow
@@ -182,12 +181,15 @@ def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not list(directory.glob("results/logs/fit-*.log")) and time.monotonic() < deadline:
         time.sleep(0.1)
+    second = snakemake(directory)
+    assert second.returncode != 0
+    assert re.search(rf"results: process {process.pid} is running lenspipe here already", second.stdout + second.stderr)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (directory / "results/summary/lenses.csv").exists()
     locked = snakemake(directory)
     assert locked.returncode != 0
-    assert "locked" in locked.stdout + locked.stderr  # as for a second run in the same folder
+    assert "locked" in locked.stdout + locked.stderr
     assert snakemake(directory, "--unlock").returncode == 0
     done = snakemake(directory, "--rerun-incomplete")
     assert done.returncode == 0, done.stderr
