@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lenspipe.errors import InputError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,6 +41,11 @@ def dies_once(batch: Batch, traces: Path) -> str:
     return "fitted"
 
 
+def refuses(batch: Batch) -> str:
+    """Work whose inputs are not there."""
+    raise InputError("catalogue.zarr: no such file")
+
+
 def stumbles(batch: Batch, traces: Path, times: int) -> str:
     """Work on a file system that fails the first times that a batch is tried."""
     with (traces / "".join(batch.names)).open("a+") as trace:
@@ -51,6 +58,12 @@ def stumbles(batch: Batch, traces: Path, times: int) -> str:
 
 def device(batch: Batch) -> str:
     return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def slurm_job(batch: Batch) -> str:
+    """Work of a second that says which job of SLURM did it."""
+    time.sleep(1)
+    return os.environ["SLURM_JOB_ID"]
 
 
 def kill_and_wait(batch: Batch, pid: int) -> str:

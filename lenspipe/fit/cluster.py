@@ -156,8 +156,7 @@ def logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | 
     began = time.perf_counter()
     with to_file(logs / f"{attempt.number}.log"):
         names = attempt.task.names
-        device = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        log.info("begins on %s, process %d, CUDA_VISIBLE_DEVICES %s", socket.gethostname(), os.getpid(), device)
+        log.info("begins on %s", place())
         log.info("%d lenses: %s", len(names), " ".join(names))
         try:
             result = work(attempt.task)
@@ -166,6 +165,13 @@ def logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | 
             raise
         log.info("done in %.1f s", time.perf_counter() - began)
     return result
+
+
+def place() -> str:
+    """This process: its machine and number, and what SLURM and CUDA call what it has."""
+    named = {"SLURM job": "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES": "CUDA_VISIBLE_DEVICES"}
+    given = [f"{name} {os.environ[key]}" for name, key in named.items() if os.environ.get(key)]
+    return ", ".join([socket.gethostname(), f"process {os.getpid()}", *given])
 
 
 @contextmanager

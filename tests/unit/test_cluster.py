@@ -25,7 +25,7 @@ from lenspipe.fit.batch import fit_task
 from lenspipe.fit.progress import Tally, progress
 from lenspipe.results import Results
 from tests.conftest import ROOT
-from tests.fan_out_work import Batch, deadly, device, dies_once, fitted, halves, kill_and_wait, stumbles
+from tests.fan_out_work import Batch, deadly, device, dies_once, fitted, halves, kill_and_wait, refuses, stumbles
 
 Outcome = dict[str, str]
 
@@ -64,7 +64,7 @@ def test_a_lens_that_kills_its_workers_is_the_only_one_lost(tmp_path: Path) -> N
     logs = {path.stem: path.read_text() for path in tmp_path.iterdir()}
     assert set(logs) == {"0000", "0000a", "0000b", "0000ba", "0000bb", "0001"}
     assert "goes on as 0000a and 0000b" in logs["0000"]
-    assert re.search(r"begins on \S+, process \d+, ", logs["0001"])
+    assert re.search(r"begins on \S+, process \d+", logs["0001"])
     assert "2 lenses: f g" in logs["0001"]
     assert re.search(r"done in \d+\.\d s", logs["0001"])
     assert "given up" in logs["0000ba"]
@@ -88,13 +88,19 @@ def test_files_that_cannot_be_read_for_a_while(tmp_path: Path) -> None:
         outcome(batches("ab", "c"), thrice, Cluster(retries=2))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_the_run_is_no_fault_of_the_lenses(workers: int, tmp_path: Path) -> None:
+def test_an_error_of_the_run_is_no_fault_of_the_lenses(tmp_path: Path) -> None:
     """A missing file stops the job, so that it can be mended and run again; it makes no failed rows."""
     tasks = [FitTask("{}", Results(tmp_path), "b", (name,)) for name in "ab"]
     with pytest.raises((InputError, OSError), match=str(tmp_path)):
-        list(cluster.run(tasks, fit_task, Cluster(retries=0), lambda task: [], workers, tmp_path / "logs"))
+        list(cluster.run(tasks, fit_task, Cluster(), halves, 1, tmp_path / "logs"))
     assert "Traceback" in (tmp_path / "logs/0000.log").read_text()
+
+
+def test_an_error_of_the_run_at_a_worker(tmp_path: Path) -> None:
+    """It is not tried again, and ends the run."""
+    with pytest.raises(InputError, match=r"catalogue.zarr: no such file"):
+        outcome(batches("ab", "c"), refuses, Cluster(), logs=tmp_path)
+    assert all(path.read_text().count("begins") == 1 for path in tmp_path.iterdir())
 
 
 def test_names_of_gpus() -> None:
