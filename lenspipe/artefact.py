@@ -1,11 +1,14 @@
 """What every output of a stage carries: its stage, settings, versions, git commit and the hashes of its inputs.
 
 Outputs are written whole under a temporary name and then renamed, so that a killed or doubled job
-leaves either the old output or the new one; of a folder, which cannot be replaced in one step, it may leave neither.
+leaves either the old output or the new one; of a folder, which cannot be replaced in one step, it may leave neither,
+and `restore` brings back the old one.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +18,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +29,8 @@ from pydantic import BaseModel
 from lenspipe.errors import InputError, LenspipeError
 
 KEY = "lenspipe"
+RETIRED = ".retired"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 PACKAGES = (
@@ -106,8 +111,8 @@ def content_hash(path: Path) -> str:
 def written_whole(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it to `target` when the block ends without an error.
 
-    The block may write a file or make a folder at the path. An existing target is replaced.
-    Raises LenspipeError where the folder cannot be written to.
+    The block may write a file or make a folder at the path. An existing target is replaced; of two jobs that write the
+    same one, the later wins. Raises LenspipeError where the folder cannot be written to, or has no space left.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -116,14 +121,16 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_file():
             temporary.chmod(0o666 & ~UMASK)  # some writers make files for their owner alone
-        if target.is_dir():
-            retired = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.retired")
-            target.rename(retired)
-            temporary.rename(target)
-            shutil.rmtree(retired)
-        else:
             temporary.replace(target)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        else:
+            _replace_folder(temporary, target)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise LenspipeError(
+                f"{target}: no space left to write it; make space and run again, what is finished is kept"
+            ) from None
+        if not isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+            raise
         raise LenspipeError(
             f"{error.filename or target}: cannot write here ({error.strerror}); "
             "give another folder, or the right to write in this one"
@@ -133,6 +140,40 @@ def written_whole(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         elif temporary.exists():
             temporary.unlink()
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    """Move a folder to where another one may be, also while another job does the same."""
+    while True:
+        retired = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{RETIRED}")
+        with suppress(FileNotFoundError):
+            target.rename(retired)
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            break
+    for old in target.parent.glob(f".{target.name}.*{RETIRED}"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Let jobs that would write the same target do so one after the other, where the file system has locks."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def restore(target: Path) -> None:
+    """Bring back the folder that was to be replaced where a killed job has left neither the old one nor the new."""
+    for retired in target.parent.glob(f".{target.name}.*{RETIRED}"):
+        if not target.exists():
+            retired.rename(target)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

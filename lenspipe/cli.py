@@ -135,7 +135,13 @@ def fit(
     shard: Annotated[
         int | None, typer.Option(min=0, help="number of the shard; all of them where none is given")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="where they run, as inline JSON in place of the section `cluster`")
+    ] = None,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
     from lenspipe.catalogue.tables import count_shards
@@ -143,9 +149,30 @@ def fit(
 
     with plain_errors():
         settings = load_config(config)
+        if cluster is not None:
+            settings = settings.model_copy(update={"cluster": load_config(f'{{"cluster": {cluster}}}').cluster})
         shards = range(count_shards(settings)) if shard is None else [shard]
         for number in shards:
             fit_shard(settings, Results(results), number, workers)
+
+
+@app.command()
+def refit(
+    names: Annotated[list[str] | None, typer.Argument(help="lenses by name")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="or a condition on columns of the summary: 'ess_bulk_min < 400'")
+    ] = None,
+    draws_factor: Annotated[int, typer.Option(min=1, help="so many times the draws; as many as ever are kept")] = 4,
+    config: Settings = DEFAULT_CONFIG,
+    results: Folder = DEFAULT_RESULTS,
+    workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
+) -> None:
+    """Fit chosen lenses again, failed ones too, with more draws; then run Snakemake for the summary and the report."""
+    from lenspipe.fit.refit import refit_lenses
+
+    with plain_errors():
+        chosen = refit_lenses(load_config(config), Results(results), names or [], where, draws_factor, workers)
+    console.print(f"fitted again: {', '.join(chosen)}")
 
 
 @app.command()
@@ -186,6 +213,20 @@ def fetch_galaxies(
     console.print(f"galaxies: {escape(str(catalogue.parent))}; an entry of galaxies.inputs:")
     entry = {"layout": "real_galaxy_catalog", "catalogue": str(catalogue), "sample": sample}
     typer.echo(yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000), nl=False)
+
+
+@app.command("export-coolest")
+def export_coolest(
+    to: Annotated[Path, typer.Option(help="a zip to write, or a folder where it does not end in .zip")],
+    lens: Annotated[list[str] | None, typer.Option(help="name of a lens; again for others; all without it")] = None,
+    results: Folder = DEFAULT_RESULTS,
+) -> None:
+    """Write lens models with the statistics of their posteriors in the COOLEST standard."""
+    from lenspipe.coolest import export
+
+    with plain_errors():
+        count = export(Results(results), to, lens or [])
+    console.print(f"{escape(str(to))}: {count} lens{'' if count == 1 else 'es'}")
 
 
 @app.command()

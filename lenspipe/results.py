@@ -48,8 +48,19 @@ class Results:
     def fit(self) -> Path:
         return self.root / "fit"
 
+    @property
+    def fit_logs(self) -> Path:
+        """A folder for each shard, in it a log file for each batch."""
+        return self.root / "logs/fit"
+
     def manifest(self, shard: int) -> Path:
         return self.fit / f"shard-{shard:04d}.csv"
+
+    def store(self, shard: int) -> Path:
+        return self.fit / f"shard-{shard:04d}.zarr"
+
+    def parts(self, shard: int) -> Path:
+        return self.fit / f"parts/shard-{shard:04d}"
 
     @property
     def summary(self) -> Path:

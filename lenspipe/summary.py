@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xarray as xr
 from arviz_stats.base import array_stats
 from astropy.table import Table
@@ -12,8 +17,9 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
-from lenspipe.posterior.convergence import convergence
-from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, open_groups, parameter_names, read_manifests
+from lenspipe.posteriors.convergence import convergence_of
+from lenspipe.posteriors.shards import groups, read_manifests
+from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_names
 from lenspipe.results import Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
@@ -34,38 +40,85 @@ AS_STORED = (
     "seconds",
 )
 TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of")
+FIRST = ("name", "status", "flags", "reason", "origin", "snr")
+LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
+PICTURES = ("model_", "source_map", "source_mean", "source_sd", "source_frame")  # beginnings of names; left too
+STATISTICS = ("median", "p16", "p84", "mean", "sd", "r_hat", "ess_bulk", "ess_tail")
+LENGTHS = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "source_size", "einstein_radius")
+LENGTHS_OF_COMPONENTS = ("alpha_Rs", "Rs", "r_trunc", "R_sersic", "_sd")
 
 
 def write_summary(settings: Summary, paths: Results) -> None:
-    """Write lenses.csv and lenses.fits: every lens of the catalogue, in its order.
+    """Write lenses.csv, lenses.fits and lenses.parquet: every lens of the catalogue, in its order.
 
-    `status` is ok, flagged or failed, `flags` says why, `reason` what a failed lens failed of.
+    `status` is ok, flagged or failed, `flags` says why, `reason` what a failed lens failed of. Posteriors are read a
+    block of lenses at a time.
     """
-    lenses = read_catalogue(paths.catalogue).set_index("name", drop=False)
-    fitted = {row["name"]: row for group in open_groups(paths.fit) for row in group_rows(group, settings)}
-    reasons = read_manifests(paths.fit).set_index("name")["reason"].to_dict()
-    rows = []
-    for name, lens in lenses.iterrows():
-        row = fitted.get(str(name)) or {"name": name, "status": "failed", "flags": "failed"}
-        known = {key: lens[key] for key in lens.index if key.startswith("true_") or key in ("origin", "snr")}
-        rows.append(row | known | {"reason": reasons.get(str(name), "not fitted")})
-    first = ["name", "status", "flags", "reason", "origin", "snr"]
-    table = pd.DataFrame(rows)
-    if "converged" in table:  # a lens without a fit has none: FITS knows no missing booleans
-        table["converged"] = table["converged"].eq(True)
-    texts = [name for name in TEXTS if name in table]
-    table[texts] = table[texts].fillna("")
-    table = table[[*first, *(column for column in table.columns if column not in first)]]
+    table = all_rows(settings, paths)
     record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
     out = paths.summary
     with (
         artefact.written_whole(out) as csv,
         artefact.written_whole(out.with_suffix(".fits")) as fits,
+        artefact.written_whole(out.with_suffix(".parquet")) as parquet,
         artefact.written_whole(out.with_name("provenance.json")) as provenance,
     ):
         table.to_csv(csv, index=False)
-        Table.from_pandas(table.assign(**{name: ascii_text(table[name]) for name in texts})).write(fits, format="fits")
+        write_fits(table, fits)
+        write_parquet(table, parquet)
         artefact.write_json(provenance, record)
+
+
+def all_rows(settings: Summary, paths: Results) -> pd.DataFrame:
+    """One row for every lens of the catalogue, in its order, with what is known of it besides."""
+    lenses = read_catalogue(paths.catalogue)
+    known = lenses[[key for key in lenses if key.startswith("true_") or key in ("name", "origin", "snr")]]
+    blocks = (block for group in groups(paths.fit) for block in group.blocks())
+    rows = [group_rows(block.read(wanted(block.variables())), settings) for block in blocks]
+    fitted = pd.concat([pd.DataFrame({"name": [], "status": [], "flags": []}, dtype=str), *rows], ignore_index=True)
+    table = known.merge(fitted, "left", on="name", validate="one_to_one")
+    table = table.merge(read_manifests(paths.fit)[["name", "reason"]], "left", on="name", validate="one_to_one")
+    table = table.fillna({"status": "failed", "flags": "failed", "reason": "not fitted"})
+    if "converged" in table:  # a lens without a fit has none: FITS knows no missing booleans
+        table["converged"] = table["converged"].eq(True)
+    table = table.fillna({name: "" for name in TEXTS if name in table})
+    truths = [column for column in table if column.startswith("true_")]
+    return table[[*FIRST, *(column for column in table if column not in (*FIRST, *truths)), *truths]]
+
+
+def wanted(variables: list[str]) -> list[str]:
+    """The variables of the store that the summary reads: neither pictures nor the source's unknowns."""
+    return [name for name in variables if name not in LEFT and not name.startswith(PICTURES)]
+
+
+def write_fits(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as FITS, with the columns' units."""
+    texts = {name: ascii_text(table[name]) for name in TEXTS if name in table}
+    columns = Table.from_pandas(table.assign(**texts))
+    for name in columns.colnames:
+        columns[name].unit = unit_of(name)
+    columns.write(path, format="fits")
+
+
+def write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as Parquet, with the units in the columns' metadata under the key `unit`."""
+    columns = pa.Table.from_pandas(table, preserve_index=False)
+    units = {field.name: unit_of(field.name) for field in columns.schema}
+    fields = [
+        field.with_metadata({"unit": units[field.name]} if units[field.name] else None) for field in columns.schema
+    ]
+    pq.write_table(columns.cast(pa.schema(fields, columns.schema.metadata)), path)
+
+
+def unit_of(column: str) -> str | None:
+    """The unit of a column of the summary, as FITS writes it; None for numbers, text and fluxes (image units)."""
+    statistic = next((s for s in (*STATISTICS, "map") if column.endswith(f"_{s}")), "")
+    parameter = column.removeprefix("true_").removesuffix(f"_{statistic}")
+    if statistic in ("r_hat", "ess_bulk", "ess_tail"):
+        return None
+    if parameter.endswith(LENGTHS + LENGTHS_OF_COMPONENTS):
+        return "arcsec"
+    return "rad" if is_angle(parameter) else {"seconds": "s"}.get(parameter)
 
 
 def ascii_text(column: pd.Series) -> pd.Series:
@@ -73,43 +126,48 @@ def ascii_text(column: pd.Series) -> pd.Series:
     return column.astype(str).map(lambda text: text.encode("ascii", "backslashreplace").decode())
 
 
-def group_rows(group: xr.Dataset, settings: Summary) -> list[dict[str, object]]:
-    """Rows of all lenses of one group of the store."""
-    names = group["name"].to_numpy().tolist()
-    columns: dict[str, NDArray] = {}
+def group_rows(group: xr.Dataset, settings: Summary) -> pd.DataFrame:
+    """Rows of all lenses of a group of the store, or of a part of it."""
     draws = {name: group[name].to_numpy().astype(float) for name in parameter_names(group)}
     draws |= {name: unwrapped(values) for name, values in draws.items() if is_angle(name)}
+    columns: dict[str, NDArray] = {}
     for name, values in draws.items():
-        columns |= quantiles(name, values.reshape(len(names), -1))
+        columns |= moments(name, values.reshape(len(values), -1))
         columns[f"{name}_map"] = group[f"{name}_map"].to_numpy()
     for name in FROM_DRAWS:
-        columns |= quantiles(name, group[name].to_numpy())
+        columns |= moments(name, group[name].to_numpy())
     for name in ("einstein_radius_map", "images_map"):
         columns[name] = group[name].to_numpy()
-    further = [name for name in draws if name not in PARAMETERS and not is_angle(name)]
-    columns |= diagnostics({name: draws[name] for name in (*DIAGNOSED, *further)})
+    columns |= diagnostics({n: values for n, values in draws.items() if n != "q" and not is_angle(n)})
     columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
     columns["bfmi_min"] = least_bfmi(group["energy"].to_numpy())
-    for name in AS_STORED:
-        columns[name] = group[name].to_numpy()
-    lists = {column: values.tolist() for column, values in columns.items()}
-    rows = []
-    for index, name in enumerate(names):
-        row = {column: values[index] for column, values in lists.items()}
-        flags = find_flags(row, group.sizes["chain"] * group.sizes["draw"], settings)
-        rows.append({"name": name, "status": "flagged" if flags else "ok", "flags": " ".join(flags), **row})
-    return rows
+    columns |= {name: group[name].to_numpy() for name in AS_STORED}
+    table = pd.DataFrame(columns)
+    count = group.sizes["chain"] * group.sizes["draw"]
+    flags = [" ".join(find_flags(row, count, settings)) for row in table.to_dict("records")]
+    table.insert(0, "name", group["name"].to_numpy().astype(str))
+    table.insert(1, "status", ["flagged" if found else "ok" for found in flags])
+    table.insert(2, "flags", flags)
+    return table
 
 
-def quantiles(name: str, values: NDArray) -> dict[str, NDArray]:
-    """Median and central 68 % [lens] of values [lens, draw]."""
+def moments(name: str, values: NDArray) -> dict[str, NDArray]:
+    """Median, central 68 %, mean and standard deviation (over n, as ArviZ has it) [lens] of values [lens, draw]."""
     p16, median, p84 = np.percentile(values, [16, 50, 84], axis=1)
-    return {f"{name}_median": median, f"{name}_p16": p16, f"{name}_p84": p84}
+    spread = {"mean": values.mean(1), "sd": values.std(1)}
+    return {f"{name}_{key}": value for key, value in ({"median": median, "p16": p16, "p84": p84} | spread).items()}
 
 
 def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
-    """`r_hat_max`, `ess_bulk_min`, `ess_tail_min` [lens] over parameters [lens, chain, draw]; constant ones pass."""
-    return dict(zip(("r_hat_max", "ess_bulk_min", "ess_tail_min"), convergence(draws.values()), strict=True))
+    """R-hat and effective sample sizes [lens] of parameters [lens, chain, draw]; constant ones pass.
+
+    `r_hat_max`, `ess_bulk_min` and `ess_tail_min` are the worst of the parameters of the lens, without the source's.
+    """
+    found = {name: convergence_of(values) for name, values in draws.items()}
+    lens = [found[name] for name in draws if name in DIAGNOSED or name not in PARAMETERS]
+    r_hat, bulk, tail = (np.array(numbers) for numbers in zip(*lens, strict=True))
+    each = {f"{n}_{s}": v for n, values in found.items() for s, v in zip(STATISTICS[-3:], values, strict=True)}
+    return {"r_hat_max": r_hat.max(0), "ess_bulk_min": bulk.min(0), "ess_tail_min": tail.min(0)} | each
 
 
 def least_bfmi(energy: NDArray) -> NDArray:
@@ -121,7 +179,7 @@ def least_bfmi(energy: NDArray) -> NDArray:
     return array_stats.bfmi(energy).min(-1)
 
 
-def find_flags(row: dict[str, float], draws: int, settings: Summary) -> list[str]:
+def find_flags(row: dict[Any, Any], draws: int, settings: Summary) -> list[str]:
     """Why a fit should be looked at: names of the thresholds it fails. A quantity that is not a number fails.
 
     chi^2 and the correlation of residuals fail by size and by significance, not by one of them alone.

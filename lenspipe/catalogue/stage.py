@@ -6,6 +6,8 @@ one group for each shape of image and PSF, so that a group is a batch that can b
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
 
 AS_WRITTEN: Any = {"keep_default_na": False, "na_values": [""]}  # for read_csv: a lens may be called NA
+ARRAYS = {"image": "<f4", "noise": "<f4", "usable": "bool", "psf": "<f4"}  # of a lens, as they are stored
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 
 
@@ -44,10 +47,11 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
             try:
                 lens = read_lens(entry.image, entry.noise, entry.psf, entry.mask, entry.flux_unit)
             except InputError as error:
-                row |= {"status": "failed", "reason": str(error), "bucket": "", "snr": np.nan}
+                row |= {"status": "failed", "reason": str(error), "bucket": "", "snr": np.nan, "hash": ""}
             else:
                 bucket = store.add(entry, lens)
                 row |= {"status": "usable", "reason": "", "bucket": bucket, "snr": lens.signal_to_noise}
+                row["hash"] = data_hash(lens, entry.pixel_scale)
             rows.append(row | {f"true_{name}": value for name, value in completed(entry.truth).items()})
         store.flush()
         inputs = [*([mocks] if mocks else []), *(expand_path(table) for table in settings.tables)]
@@ -55,6 +59,14 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
         zarr.open_group(folder, mode="a").attrs[artefact.KEY] = record
         with artefact.written_whole(out.with_name("lenses.csv")) as table:
             pd.DataFrame(rows).to_csv(table, index=False)
+
+
+def data_hash(lens: LensImage, pixel_scale: float) -> str:
+    """SHA-256 of all that a fit sees of a lens, as it is stored; its name aside."""
+    digest = hashlib.sha256(json.dumps([pixel_scale, lens.flux_unit, lens.image.shape, lens.psf.shape]).encode())
+    for name, dtype in ARRAYS.items():
+        digest.update(getattr(lens, name).astype(dtype).tobytes())
+    return digest.hexdigest()
 
 
 def completed(truth: dict[str, float]) -> dict[str, float]:
@@ -75,9 +87,9 @@ def read_catalogue(out: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{path}: no lens catalogue here; run the stage catalogue first")
     table = pd.read_csv(
-        path, dtype={"name": str, "origin": str, "status": str, "reason": str, "bucket": str}, **AS_WRITTEN
+        path, dtype={"name": str, "origin": str, "status": str, "reason": str, "bucket": str, "hash": str}, **AS_WRITTEN
     )
-    return table.fillna({"origin": "", "reason": "", "bucket": ""})
+    return table.fillna({"origin": "", "reason": "", "bucket": "", "hash": ""})
 
 
 def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> LensBatch:
@@ -114,16 +126,16 @@ class _Store:
     def _write(self, bucket: str) -> None:
         entries, lenses = zip(*self.waiting[bucket], strict=True)
 
-        def stack(name: str, dtype: str) -> np.ndarray:
-            return np.stack([getattr(lens, name) for lens in lenses]).astype(dtype)
+        def stack(name: str) -> np.ndarray:
+            return np.stack([getattr(lens, name) for lens in lenses]).astype(ARRAYS.get(name, "float64"))
 
         block = xr.Dataset(
             {
-                "image": (("lens", "y", "x"), stack("image", "float32")),
-                "noise": (("lens", "y", "x"), stack("noise", "float32")),
-                "usable": (("lens", "y", "x"), stack("usable", "bool")),
-                "psf": (("lens", "psf_y", "psf_x"), stack("psf", "float32")),
-                "flux_unit": ("lens", stack("flux_unit", "float64")),
+                "image": (("lens", "y", "x"), stack("image")),
+                "noise": (("lens", "y", "x"), stack("noise")),
+                "usable": (("lens", "y", "x"), stack("usable")),
+                "psf": (("lens", "psf_y", "psf_x"), stack("psf")),
+                "flux_unit": ("lens", stack("flux_unit")),
                 "pixel_scale": ("lens", np.array([entry.pixel_scale for entry in entries])),
                 "name": ("lens", np.array([entry.name for entry in entries], dtype=object)),
             }

@@ -21,7 +21,7 @@ from lenspipe.errors import InputError
 from lenspipe.fit.hmc import Draws, Run
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
-from lenspipe.posterior.convergence import convergence
+from lenspipe.posteriors.convergence import convergence
 from lenspipe.tensors import read_tensors, write_tensors
 
 CHECKPOINT_SECONDS = 60.0  # least time between checkpoints

@@ -92,7 +92,7 @@ class Metric:
 
 
 class Run:
-    """Chains of some lenses on their way: `warmup` draws that tune, then `draws` that are kept (none: the settings').
+    """Chains of some lenses: `warmup` draws that tune, then `draws` that are kept; the settings' where none are given.
 
     target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
     hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,

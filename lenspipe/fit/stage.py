@@ -1,111 +1,169 @@
 """Stage `fit`: MAP and posterior of every lens of a shard of the catalogue.
 
-The lenses of one shape are cut into batches; each batch is one Dask task. A lens that cannot be fitted is a row of the
-shard's manifest with its reason; the rest of its batch is fitted without it.
+What is fitted already, from the same settings and inputs, is kept. The other lenses, those of one shape together, are
+cut into batches; each batch is one Dask task and leaves a part on disk. When all are there, they become the shard's
+store. A lens that cannot be fitted is a row of the shard's manifest with its reason.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-import dask
-import numpy as np
 import pandas as pd
-import torch
-import xarray as xr
-import zarr
-from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lenspipe import artefact
-from lenspipe.artefact import content_hash
-from lenspipe.catalogue.stage import read_batch, read_catalogue
-from lenspipe.config import Config, load_config
-from lenspipe.errors import InputError
-from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, reference
-from lenspipe.fit.model import LensModel
-from lenspipe.lens.coordinates import ellipticity
-from lenspipe.memory import free_memory, keep_freed_memory
-from lenspipe.optics import read_optics
-from lenspipe.posterior.store import SOURCE_PARAMETERS
-from lenspipe.prior_map import PriorMap
+from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.config import Config
+from lenspipe.errors import InputError, LenspipeError
+from lenspipe.fit import cluster, resume
+from lenspipe.fit.batch import Task, fit_task, halves
+from lenspipe.fit.progress import progress
+from lenspipe.fit.resume import Place
+from lenspipe.memory import free_memory
+from lenspipe.posteriors.writing import write_shard
 from lenspipe.results import Results
-from lenspipe.seeds import seed_for
-from lenspipe.source.prior import read_source_prior
 
-PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
 BYTES_PER_RAY = 250  # that a chain takes for its gradient
 LARGEST_BATCH = 64  # lenses
-PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
 
 
-@dataclass(frozen=True)
-class Task:
-    """One batch: everything a worker needs, small enough to send."""
-
-    config: str
-    paths: Results
-    bucket: str
-    names: tuple[str, ...]
-
-
-def fit_shard(config: Config, paths: Results, shard: int, workers: int = 1) -> None:
+def fit_shard(
+    config: Config,
+    paths: Results,
+    shard: int,
+    workers: int | None = 1,
+    again: Collection[str] = (),
+    draws_factor: int = 1,
+) -> None:
     """Fit the lenses of one shard; write its manifest (shard-0000.csv) and `shard-0000.zarr` beside it.
 
-    workers: processes that fit batches side by side, one thread each; 1 fits in this process.
+    workers: greatest number of processes on this machine that fit batches side by side, one thread each; 1 fits in this
+    process, None is one for each GPU or processor. again: names of lenses that are fitted even if they have a result,
+    with `draws_factor` times as many draws.
     """
+    lenses, catalogue = members(config, paths, shard)
+    store = paths.store(shard)
+    artefact.restore(store)
+    hashes = resume.lens_hashes(config, paths, catalogue)
+    own = {name: hashes[name] for name in lenses["name"] if name in hashes}
+    unreadable = resume.damaged(store) if store.exists() else []
+    places = resume.located(paths, shard, own.values(), unreadable)
+    resume.take_over(paths, shard, own.values() - places.keys())
+    places = resume.located(paths, shard, own.values(), unreadable)
+    failed = resume.recorded_failures(store, own)
+    parts = list(paths.parts(shard).glob("*.npz"))
+    todo = [name for name, h in own.items() if name in again or (h not in places and name not in failed)]
+    workers = cluster.side_by_side(config.cluster, workers) if todo else 1
+    tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
+    logs = paths.fit_logs / f"shard-{shard:04d}"
+    with progress(len(todo), kept=len(lenses) - len(todo)) as advance:
+        for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
+            _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
+            parts += made
+            failed = {name: why for name, why in failed.items() if name not in task.names} | failures
+            advance(len(task.names), len(failures))
+    with artefact.alone(store):
+        places = resume.located(paths, shard, own.values(), unreadable)
+        reasons = {name: why for name, why in failed.items() if own[name] not in places}
+        if lost := [name for name, h in own.items() if h not in places and name not in reasons]:
+            raise LenspipeError(f"{store}: another job has taken away the results of {', '.join(lost)}; run again")
+        buckets = catalogue.set_index("name")["bucket"].to_dict()
+        places |= resume.guests(paths, shard, own.values(), hashes.values())
+        _write_shard(config, paths, shard, places, own, reasons, buckets)
+        _write_manifest(paths.manifest(shard), lenses.set_index("name")["reason"].to_dict() | reasons)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    _remove_shards_beyond(config, paths, len(catalogue), set(hashes.values()))
+
+
+def members(config: Config, paths: Results, shard: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The lenses of a shard, and the whole catalogue. Raises InputError where there is no such shard."""
     size, catalogue = config.fit.shard_size, read_catalogue(paths.catalogue)
-    shards = -(-len(catalogue) // size)
+    shards = shard_count(config, len(catalogue))
     if not 0 <= shard < shards:
         raise InputError(f"no shard {shard}: the catalogue {paths.catalogue} has {shards}, the first is 0")
-    lenses = catalogue.iloc[shard * size : (shard + 1) * size]
-    tasks = list(_tasks(config, paths, lenses, workers))
-    fitted: dict[str, list[xr.Dataset]] = {}
-    reasons = dict(zip(lenses["name"], lenses["reason"], strict=True))
-    with _progress(len(lenses)) as advance:
-        for task, datasets, failures in _run(tasks, workers):
-            fitted.setdefault(task.bucket, []).extend(datasets)
-            reasons |= failures
-            advance(len(task.names))
-    used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
-    files = [paths.catalogue, paths.source_prior, paths.deflection_table]
-    out = paths.manifest(shard)
-    record = artefact.provenance("fit", used, files, config.seed, shard=shard, lenses=len(lenses))
-    with artefact.written_whole(out.with_suffix(".zarr")) as store, artefact.written_whole(out) as manifest:
-        _write_store(store, fitted, record)
-        rows = [
-            {"name": n, "status": "failed" if reason else "fitted", "reason": reason} for n, reason in reasons.items()
-        ]
-        pd.DataFrame(rows).to_csv(manifest, index=False)
-    _remove_shards_beyond(shards, out.parent)
+    return catalogue.iloc[shard * size : (shard + 1) * size], catalogue
 
 
-def _remove_shards_beyond(shards: int, folder: Path) -> None:
-    """Remove what an earlier run of more lenses or smaller shards left: it would be read with the new ones."""
-    for path in folder.glob("shard-*"):
-        if int(path.stem.split("-")[1]) >= shards:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def shard_count(config: Config, lenses: int) -> int:
+    """Into how many shards a catalogue of so many lenses is cut."""
+    return -(-lenses // config.fit.shard_size)
 
 
-def _tasks(config: Config, paths: Results, lenses: pd.DataFrame, workers: int) -> Iterator[Task]:
-    text = config.model_dump_json()
-    for bucket, members in lenses[lenses["status"] == "usable"].groupby("bucket", sort=True):
-        names = members["name"].tolist()
+def plan(
+    config: Config,
+    paths: Results,
+    shard: int,
+    lenses: pd.DataFrame,
+    hashes: Mapping[str, str],
+    workers: int,
+    draws_factor: int = 1,
+) -> list[Task]:
+    """The batches that some usable lenses of a shard are fitted in."""
+    text, tasks = config.model_dump_json(), []
+    for bucket, same in lenses.groupby("bucket", sort=True):
+        names = same["name"].tolist()
         size = config.fit.batch_size
         if size == "auto":
             shape = tuple(int(side) for side in re.findall(r"\d+", str(bucket))[:2])
             size = automatic_batch(config, shape, len(names), workers)  # type: ignore[arg-type]
         for first in range(0, len(names), size):
-            yield Task(text, paths, str(bucket), tuple(names[first : first + size]))
+            batch = tuple(names[first : first + size])
+            own = tuple(hashes[name] for name in batch)
+            tasks.append(Task(text, paths, str(bucket), batch, own, shard, draws_factor))
+    return tasks
+
+
+def _write_shard(
+    config: Config,
+    paths: Results,
+    shard: int,
+    places: Mapping[str, Place],
+    own: Mapping[str, str],
+    failed: Mapping[str, str],
+    bucket_of: Mapping[str, str],
+) -> None:
+    """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone."""
+    store = paths.store(shard)
+    used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
+    files = [paths.catalogue.with_name("lenses.csv"), *resume.files_that_decide(config, paths)]
+    facts = {"shard": shard, "failed": {name: [own[name], reason] for name, reason in failed.items()}}
+    if store.exists() and resume.index_of_store(store) == places and artefact.read_record(store)["facts"] == facts:
+        return
+    record = artefact.provenance("fit", used, files, config.seed, **facts)
+    with artefact.written_whole(store) as whole:
+        write_shard(whole, resume.gathered(places.values(), bucket_of), record)
+
+
+def _write_manifest(path: Path, reasons: Mapping[str, str]) -> None:
+    """One row a lens: failed for a reason, or fitted."""
+    rows = [{"name": n, "status": "failed" if why else "fitted", "reason": why} for n, why in reasons.items()]
+    with artefact.written_whole(path) as manifest:
+        pd.DataFrame(rows).to_csv(manifest, index=False)
+
+
+def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: Collection[str]) -> None:
+    """Remove what an earlier run of more lenses or smaller shards left: it would be read with the new ones.
+
+    A store stays without its manifest as long as it has results that shards of this run have not taken over yet.
+    """
+    shards = shard_count(config, lenses)
+
+    def beyond(path: Path) -> bool:
+        return int(path.stem.split("-")[1]) >= shards
+
+    for manifest in filter(beyond, paths.fit.glob("shard-*.csv")):
+        manifest.unlink()
+    stores = resume.stores(paths.fit)
+    if not any(map(beyond, stores)):
+        return
+    taken = {h for store in stores if not beyond(store) for h in resume.index_of_store(store)}
+    for store in filter(beyond, stores):
+        if not (resume.index_of_store(store).keys() & set(hashes)) - taken:
+            shutil.rmtree(store)
 
 
 def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers: int) -> int:
@@ -113,238 +171,3 @@ def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers
     rays = shape[0] * shape[1] * config.lens.supersampling**2
     held = free_memory() / 2 / workers / (BYTES_PER_RAY * config.fit.chains * rays)
     return int(max(1, min(held, -(-lenses // workers), LARGEST_BATCH)))
-
-
-def device() -> torch.device:
-    """The GPU that this process may use, or the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-Result = tuple[Task, list[xr.Dataset], dict[str, str]]
-
-
-def _run(tasks: list[Task], workers: int, work: Callable[[Task], Result] | None = None) -> Iterator[Result]:
-    """Results of all tasks as they come. The lenses of a batch whose workers died are tried again, one by one."""
-    work = work or fit_task
-    if workers == 1 or len(tasks) < 2:
-        yield from map(work, tasks)
-        return
-    settings = {
-        "distributed.scheduler.allowed-failures": 2,
-        "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
-    }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=min(workers, len(tasks)), threads_per_worker=1, memory_limit=0, dashboard_address=":0"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.wait_for_workers(min(workers, len(tasks)))
-        futures = dict(zip(client.map(work, tasks, pure=False), tasks, strict=True))
-        waiting = as_completed(futures)
-        for future in waiting:
-            task, error = futures[future], future.exception()
-            if error is None:
-                yield future.result()
-            elif not isinstance(error, KilledWorker):
-                raise error
-            elif len(task.names) == 1:
-                yield (
-                    task,
-                    [],
-                    {task.names[0]: "every worker that fitted it died; it may need more memory than there is"},
-                )
-            else:
-                for alone in _one_by_one(task):
-                    again = client.submit(work, alone, pure=False)
-                    futures[again] = alone
-                    waiting.add(again)
-
-
-def _one_by_one(task: Task) -> list[Task]:
-    return [replace(task, names=(name,)) for name in task.names]
-
-
-def fit_task(task: Task) -> Result:
-    """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it.
-
-    Only numerical errors are a lens's own; others, of files and settings, are raised.
-    """
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    try:
-        return task, [fit_lenses(task)], {}
-    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-        if len(task.names) == 1:
-            return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
-        parts = _halves(task) if out_of_memory(error) else _one_by_one(task)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    again = [fit_task(part) for part in parts]
-    failures = {name: reason for _, _, failed in again for name, reason in failed.items()}
-    return task, [dataset for _, datasets, _ in again for dataset in datasets], failures
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory was too small, of a GPU or of the machine."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _halves(task: Task) -> list[Task]:
-    middle = len(task.names) // 2
-    return [replace(task, names=task.names[:middle]), replace(task, names=task.names[middle:])]
-
-
-def build_model(config: Config, paths: Results, bucket: str, names: list[str]) -> LensModel:
-    """The model of the named lenses of one bucket, from the files of the earlier stages, on this process's device."""
-    at = device()
-    batch = read_batch(paths.catalogue, bucket, names, PRECISION).to(device=at)
-    optics = read_optics(config, paths.deflection_table, PRECISION, at)
-    return LensModel(batch, PriorMap(config.priors.expressions()), read_source_prior(paths.source_prior).to(at), optics)
-
-
-def fit_lenses(task: Task) -> xr.Dataset:
-    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posterior.store`.
-
-    What the search found is kept with the chains in a checkpoint, from which a killed batch goes on.
-    """
-    config = load_config(json.loads(task.config))
-    model = build_model(config, task.paths, task.bucket, list(task.names))
-    checkpoint = batch_checkpoint(config, task)
-    began = time.perf_counter()
-    found = map_search.restored(checkpoint.load(), model.data.device)
-    if found is None:
-        found = SEARCHES[config.fit.search](model, config.fit, _generators(config.seed, "map", task.names))
-        if not bool(torch.isfinite(found.log_density).all()):
-            raise ArithmeticError("no start of the MAP search reached a finite log posterior")
-    seconds_map = (time.perf_counter() - began) / len(task.names)
-    generators = _generators(config.seed, "hmc", task.names)
-    if config.fit.sampler == "hmc":
-        draws = chains.sample(model, found, config.fit, generators, monitored(model), checkpoint)
-    else:
-        draws = reference.SAMPLERS[config.fit.sampler](model, found, config.fit, generators)
-    seconds = (time.perf_counter() - began) / len(task.names)
-    checkpoint.path.unlink(missing_ok=True)
-    result = _dataset(*on_processor(model, found, draws))
-    return result.assign(
-        seconds_map=("lens", np.full(len(task.names), seconds_map)), seconds=("lens", np.full(len(task.names), seconds))
-    )
-
-
-def batch_checkpoint(config: Config, task: Task) -> chains.Checkpoint:
-    """The checkpoint of a batch: of its lenses, the settings that fits depend on, and the files of earlier stages."""
-    files = [task.paths.catalogue, task.paths.source_prior, task.paths.deflection_table]
-    key = {
-        "names": list(task.names),
-        "settings": config.model_dump(mode="json", include={"seed", "lens", "priors", "fit"}),
-        "files": {str(path): content_hash(path) for path in files if path.exists()},
-        "versions": artefact.versions(),
-        "commit": artefact.git_commit(),
-    }
-    name = hashlib.sha256(json.dumps([task.bucket, key["names"]]).encode()).hexdigest()[:16]
-    return chains.Checkpoint(task.paths.fit / "checkpoints" / f"{name}.safetensors", key)
-
-
-def monitored(model: LensModel) -> list[int]:
-    """Columns of w whose chains must agree: all named parameters but the source's, which its latents can stand for."""
-    return [column for column, name in enumerate(model.priors.free) if name not in SOURCE_PARAMETERS]
-
-
-def on_processor(
-    model: LensModel, found: map_search.MapFit, draws: hmc.Draws
-) -> tuple[LensModel, map_search.MapFit, hmc.Draws]:
-    """Model and results off the GPU, for what is done once a lens."""
-    at = torch.device("cpu")
-    optics = replace(model.optics, deflection=model.optics.deflection and model.optics.deflection.to(device=at))
-    moved = LensModel(model.batch.to(device=at), model.priors, model.source.to(at), optics)
-    return moved, map_search.MapFit(**tensors_of(found, at)), hmc.Draws(**tensors_of(draws, at))
-
-
-def tensors_of(record: map_search.MapFit | hmc.Draws, at: torch.device) -> dict[str, torch.Tensor]:
-    """The fields of a record of tensors, on a device."""
-    return {field.name: getattr(record, field.name).to(at) for field in fields(record)}
-
-
-SEARCHES = {"gauss_newton": map_search.search, "adam": reference.adam_search}
-
-
-def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed_for(seed, purpose, name)) for name in names]
-
-
-@torch.no_grad()
-def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr.Dataset:
-    lenses, number_of_chains, number = draws.w.shape[:3]
-    chain_draw = ("lens", "chain", "draw")
-    flat = draws.w.flatten(0, 2)
-    data: dict[str, tuple[object, np.ndarray]] = {"name": ("lens", np.array(model.batch.names, dtype=object))}
-    for name, value in _reported(model, flat).items():
-        data[name] = (chain_draw, value.reshape(lenses, number_of_chains, number).numpy().astype("float32"))
-    data["latent"] = ((*chain_draw, "latent"), model.split(draws.w)[1].numpy().astype("float32"))
-    for name in ("log_density", "acceptance", "diverging", "energy"):
-        data[name] = (chain_draw, getattr(draws, name).numpy())
-    for name, value in _reported(model, found.w).items():
-        data[f"{name}_map"] = ("lens", value.numpy().astype("float64"))
-    usable = model.batch.usable.sum((-2, -1))
-    data["pixels"] = ("lens", usable.numpy())
-    data["chi2_per_pixel"] = ("lens", (model.residuals(found.w).double().square().sum((-2, -1)) / usable).numpy())
-    data["log_density_map"] = ("lens", found.log_density.numpy())
-    data["start_log_density"] = (("lens", "start"), found.start_log_density.numpy())
-    data["converged"] = ("lens", found.converged.numpy())
-    data["step_size"] = ("lens", draws.step_size.numpy())
-    data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
-    data |= diagnostics.variables(model, found, draws)
-    return xr.Dataset(data | _pictures(model, found.w, draws.w))
-
-
-def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Named parameters of config and canonical ones, e1 and e2 always among them; w: [n, size]."""
-    p = model.parameters(w)
-    if "e1" not in p:
-        p["e1"], p["e2"] = ellipticity(p["q"], p["phi"])
-    return p
-
-
-def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
-    """Model and source at the MAP, their mean and spread over draws spread evenly, and fluxes; in image units.
-
-    All pictures of a source are in the frame of its MAP.
-    """
-    image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
-    unit = model.batch.flux_unit[:, None, None]
-    flat = draws.flatten(1, 2)
-    chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)
-    models = torch.stack([model.image(w) for w in chosen])
-    total, lensed = (torch.stack(f, 1) for f in zip(*(derived.source_fluxes(model, w) for w in chosen), strict=True))
-    frame = model.source_frame(w_map)
-    sources = torch.stack([model.source_plane(w, frame) for w in chosen])
-    return {
-        "model_map": (image, (unit * model.image(w_map)).numpy()),
-        "model_mean": (image, (unit * models.mean(0)).numpy()),
-        "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
-        "source_mean": (source, (unit * sources.mean(0)).numpy()),
-        "source_sd": (source, (unit * sources.std(0)).numpy()),
-        "source_frame": (("lens", "frame"), frame.numpy()),
-        "source_total_flux": (("lens", "sample"), (unit[:, 0] * total).numpy()),
-        "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),
-        "magnification": (("lens", "sample"), (lensed / total).numpy()),
-    }
-
-
-def _write_store(store: Path, fitted: dict[str, list[xr.Dataset]], record: dict[str, Any]) -> None:
-    zarr.open_group(store, mode="w").attrs[artefact.KEY] = record
-    for bucket, datasets in fitted.items():
-        if datasets:
-            group = xr.concat(datasets, dim="lens").sortby("name")
-            chunks = {n: {"chunks": (min(10, v.shape[0]), *v.shape[1:])} for n, v in group.items()}
-            group.to_zarr(store, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of lenses done, with the time spent and left; yields what to call with the number of lenses just done."""
-    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("fit", total=total)
-        yield lambda lenses: bar.advance(task, lenses)

@@ -30,7 +30,8 @@ from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import evenly, open_galaxies
 from lenspipe.galaxies.ingest import SPLITS
 from lenspipe.image.source_plane import light_centre
-from lenspipe.posterior.store import LENS_PARAMETERS, PARAMETERS, parameter_names, posterior
+from lenspipe.posteriors.reading import posterior
+from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_names
 from lenspipe.report import figures
 from lenspipe.report.source import source_section
 from lenspipe.report.table import Table
@@ -54,7 +55,6 @@ CUTS = {
     "signal_to_noise_high": "S/N high",
     "has_neighbour": "neighbour",
 }
-STARTS = ("start_log_density", "start_basin", "basin_log_evidence")
 HEADS = {
     "eti89_lb": "89 % from",
     "eti89_ub": "to",
@@ -329,11 +329,11 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
     for angle in filter(is_angle, parameter_names(draws)):
         draws[angle] = (("chain", "draw"), unwrapped(draws[angle].to_numpy()[None].astype(float))[0])
     further = [n for n in parameter_names(draws) if n not in PARAMETERS]
-    images = tree["images"]
+    found = tree["diagnostics"].to_dataset()
     truths = known_truths(row)
     panels = {
-        "images": image_figure(images, entry, name, paths.catalogue),
-        "source": source_figure(images, row, paths.mocks / name / "source.fits"),
+        "images": image_figure(tree, entry, name, paths.catalogue),
+        "source": source_figure(tree, row, paths.mocks / name / "source.fits"),
         "corner": figures.corner_plot(
             {n: draws[n].to_numpy() for n in CORNER}, {n: truths[n] for n in CORNER if n in truths}
         ),
@@ -346,17 +346,21 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
         | {"chi2": number(row, "chi2_per_pixel", ".2f"), "snr": number(row, "snr", ".0f")},
         "figures": {key: figures.embedded(figure) for key, figure in panels.items() if figure is not None},
         "summary": posterior_table(draws, row, truths),
-        "starts": starts_table(*(images[n].to_numpy() for n in STARTS)),
-        "diagnostics": diagnostics_table(row, tree["sample_stats"].to_dataset(), images),
+        "starts": starts_table(
+            found["start_log_density"].to_numpy(),
+            found["start_basin"].to_numpy(),
+            tree["basins"]["log_evidence"].to_numpy(),
+        ),
+        "diagnostics": diagnostics_table(row, tree["sample_stats"].to_dataset(), found),
     }
 
 
-def diagnostics_table(row: dict[str, Any], statistics: Any, images: Any) -> Table:
+def diagnostics_table(row: dict[str, Any], statistics: Any, found: Any) -> Table:
     """How the chains of one lens went."""
     rows = [
         ["χ² per pixel at the MAP", number(row, "chi2_per_pixel", ".3f")],
         ["predictive p-value of χ²", number(row, "predictive_p", ".2g")],
-        ["usable pixels", f"{int(images['pixels']):,}"],
+        ["usable pixels", f"{int(found['pixels']):,}"],
         ["correlation of neighbouring residuals, off the arcs", number(row, "residual_correlation", "+.3f")],
         ["the same on the arcs, above it", excess_cell(row)],
         ["R-hat, greatest", number(row, "r_hat_max", ".3f")],
@@ -395,17 +399,20 @@ def known_truths(row: dict[str, Any]) -> dict[str, float]:
     return known | {name: float(near(known[name], row[f"{name}_median"])) for name in angles}
 
 
-def image_figure(images: Any, entry: pd.Series, name: str, catalogue: Path) -> Figure:
+def image_figure(tree: xr.DataTree, entry: pd.Series, name: str, catalogue: Path) -> Figure:
     """Observed image, model and residual."""
     batch = read_batch(catalogue, str(entry["bucket"]), [name], torch.float32)
     image, noise, usable = (getattr(batch, part)[0].numpy() for part in ("image", "noise", "usable"))
-    return figures.image_plane(image, images["model_mean"].to_numpy(), noise, usable, float(batch.pixel_scale[0]))
+    return figures.image_plane(
+        image, tree["posterior_predictive"]["image_mean"].to_numpy(), noise, usable, float(batch.pixel_scale[0])
+    )
 
 
-def source_figure(images: Any, row: dict[str, Any], true_source: Path) -> Figure:
+def source_figure(tree: xr.DataTree, row: dict[str, Any], true_source: Path) -> Figure:
     """Reconstructed source and its spread; beside them a mock's true source, else the MAP. Each at its own size."""
-    mean, spread, at_map = (images[f"source_{kind}"].to_numpy() for kind in ("mean", "sd", "map"))
-    here = source_extent(*images["source_frame"].to_numpy())
+    mean, spread = (tree["posterior_predictive"][f"source_{kind}"].to_numpy() for kind in ("mean", "sd"))
+    at_map = tree["map"]["source"].to_numpy()
+    here = source_extent(*tree["diagnostics"]["source_frame"].to_numpy())
     if row["origin"] != "mock" or not true_source.is_file():
         return figures.source_plane(mean, spread, here, at_map, here, "source (MAP)")
     with fits.open(true_source, memmap=False) as file:

@@ -24,12 +24,12 @@ import torch
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit, Summary
 from lenspipe.fit import chains, diagnostics, map_search, reference
+from lenspipe.fit.batch import monitored
 from lenspipe.fit.model import LensModel
-from lenspipe.fit.stage import monitored
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.memory import keep_freed_memory
 from lenspipe.optics import read_optics
-from lenspipe.posterior.convergence import convergence
+from lenspipe.posteriors.convergence import convergence
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for

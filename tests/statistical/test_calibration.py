@@ -20,8 +20,8 @@ from lenspipe import calibration
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
 from lenspipe.fit import chains, map_search
+from lenspipe.fit.batch import monitored
 from lenspipe.fit.model import LensModel
-from lenspipe.fit.stage import monitored
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.image.simulator import Optics
 from lenspipe.lens.table import build_table

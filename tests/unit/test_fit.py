@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +16,10 @@ from torch import Tensor
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
-from lenspipe.errors import InputError
-from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, stage
+from lenspipe.fit import batch, chains, derived, diagnostics, hmc, map_search, stage
+from lenspipe.fit.batch import Task
 from lenspipe.fit.model import LensModel
-from lenspipe.fit.stage import Result, Task, _remove_shards_beyond, _run
+from lenspipe.fit.parts import read_part
 from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution, gaussian_kernel
 from lenspipe.image.simulator import LineOfSight, Optics, Simulator, canonical
@@ -488,9 +486,9 @@ def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) ->
         return found.w, run.finish().w
 
     alone = fit([1])
-    for batch in ([2, 0, 1], [0, 2, 2, 1, 0, 0, 2, 0], [0, 2] * 31 + [1, 0]):
-        for one, several in zip(alone, fit(batch), strict=True):
-            torch.testing.assert_close(one[0], several[batch.index(1)], rtol=1e-5, atol=1e-5)
+    for rows in ([2, 0, 1], [0, 2, 2, 1, 0, 0, 2, 0], [0, 2] * 31 + [1, 0]):
+        for one, several in zip(alone, fit(rows), strict=True):
+            torch.testing.assert_close(one[0], several[rows.index(1)], rtol=1e-5, atol=1e-5)
 
 
 def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> None:
@@ -502,38 +500,6 @@ def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> Non
     beside, _, _ = map_search.climb(lens_model, far, 1.0, 12)
     alone, _, _ = map_search.climb(lens_model.take(torch.tensor([1])), near[1:2], 1.0, 12)
     torch.testing.assert_close(beside[1], alone[0], rtol=1e-9, atol=1e-9)
-
-
-def deadly(task: Task) -> Result:
-    """Work that kills its process where a lens is called bad."""
-    if "bad" in task.names:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task, [], dict.fromkeys(task.names, "fitted")
-
-
-def test_a_lens_that_kills_its_workers_is_the_only_one_lost(tmp_path: Path) -> None:
-    tasks = [Task("{}", Results(tmp_path), "b", names) for names in (("a", "bad"), ("c",))]
-    outcome = {name: said for _, _, reasons in _run(tasks, 2, deadly) for name, said in reasons.items()}
-    assert outcome.pop("bad").startswith("every worker that fitted it died")
-    assert outcome == {"a": "fitted", "c": "fitted"}
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_the_run_is_no_fault_of_the_lenses(workers: int, tmp_path: Path) -> None:
-    """A missing file stops the job, so that it can be mended and run again; it makes no failed rows."""
-    tasks = [Task("{}", Results(tmp_path), "b", (name,)) for name in "ab"]
-    with pytest.raises((InputError, OSError), match=str(tmp_path)):
-        list(_run(tasks, workers))
-
-
-def test_shards_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
-    """Those beyond the last of this run would be read with it."""
-    for shard in range(12):
-        (tmp_path / f"shard-{shard:04d}.csv").touch()
-        (tmp_path / f"shard-{shard:04d}.zarr").mkdir()
-    _remove_shards_beyond(2, tmp_path)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["shard-0000.csv", "shard-0000.zarr", "shard-0001.csv", "shard-0001.zarr"]
 
 
 GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5)
@@ -638,16 +604,18 @@ def starved(task: Task) -> xr.Dataset:
     """A fit for which the memory holds two lenses."""
     if len(task.names) > 2:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return xr.Dataset({"name": ("lens", list(task.names))})
+    return xr.Dataset({"name": ("lens", list(task.names)), "hash": ("lens", list(task.hashes))})
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "fit_lenses", starved)
-    task = Task("{}", Results(tmp_path), "b", tuple("abcdefg"))
-    _, datasets, failures = stage.fit_task(task)
+    monkeypatch.setattr(batch, "fit_lenses", starved)
+    task = Task("{}", Results(tmp_path), "b", tuple("abcdefg"), tuple("1234567"))
+    _, parts, failures = batch.fit_task(task)
     assert failures == {}
-    assert [name for dataset in datasets for name in dataset["name"].to_numpy()] == list("abcdefg")
-    assert [dataset.sizes["lens"] for dataset in datasets] == [1, 2, 2, 2]
+    datasets = [read_part(part) for part in parts]
+    assert all(dataset is not None for dataset in datasets)
+    assert [list(dataset["name"].to_numpy()) for dataset in datasets] == [["a"], ["b", "c"], ["d", "e"], ["f", "g"]]
+    assert [list(dataset["hash"].to_numpy()) for dataset in datasets] == [["1"], ["2", "3"], ["4", "5"], ["6", "7"]]
 
 
 def test_automatic_batches_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,5 +629,5 @@ def test_automatic_batches_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_gates_look_at_the_lens_parameters(model: tuple[LensModel, Tensor]) -> None:
-    names = [model[0].priors.free[column] for column in stage.monitored(model[0])]
+    names = [model[0].priors.free[column] for column in batch.monitored(model[0])]
     assert names == ["theta_E", "gamma", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.fit import map_search, reference
+from lenspipe.fit.batch import SEARCHES
 from lenspipe.fit.model import LensModel
-from lenspipe.fit.stage import SEARCHES
 from tests.lenses import easy_lenses
 
 

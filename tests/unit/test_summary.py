@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import arviz_stats
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+import xarray as xr
+from astropy.table import Table
 
 from lenspipe.config import Summary
+from lenspipe.posteriors import shards, writing
+from lenspipe.posteriors.shards import Group
 from lenspipe.report.page import FLAGS
-from lenspipe.summary import ascii_text, diagnostics, find_flags, unwrapped
+from lenspipe.results import Results
+from lenspipe.summary import all_rows, ascii_text, diagnostics, find_flags, unwrapped, write_summary
 from tests.conftest import ROOT
+from tests.posteriors import posteriors, write_catalogue, write_store
 
 GOOD = {
     "pixels": 4096,
@@ -118,3 +127,70 @@ def test_angles_on_both_sides_of_the_wrap_are_brought_together() -> None:
 
 def test_text_of_any_language_fits_into_fits() -> None:
     assert ascii_text(pd.Series(["Caf\xe9/l.csv", "plain"])).tolist() == ["Caf\\xe9/l.csv", "plain"]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """Two shards of lenses with a posterior, one lens that failed, one that could not be used, one not fitted yet."""
+    write_store(tmp_path / "fit/shard-0000.zarr", {"small": [posteriors(["a", "b"], seed=1)]}, {"lost": "no memory"})
+    write_store(tmp_path / "fit/shard-0001.zarr", {"small": [posteriors(["c"], seed=2)]}, {"café": "no PSF"})
+    write_catalogue(tmp_path / "catalogue", {"small": ["c", "b", "a", "lost", "late"]}, ["café"])
+    return Results(tmp_path)
+
+
+def test_three_tables_say_the_same(results: Results) -> None:
+    """Every lens in the order of the catalogue; ArviZ's numbers; units in FITS and Parquet."""
+    write_summary(Summary(), results)
+    table = pd.read_csv(results.summary)
+    assert table["name"].tolist() == ["c", "b", "a", "lost", "late", "café"]
+    assert table["status"].tolist()[3:] == ["failed"] * 3
+    assert table["reason"].tolist()[3:] == ["no memory", "not fitted", "no PSF"]
+    assert table["true_theta_E"].notna().tolist() == [True] * 5 + [False]
+    draws = posteriors(["a", "b"], seed=1).isel(lens=1)
+    expected = arviz_stats.summary(
+        xr.DataTree.from_dict({"posterior": draws[["theta_E", "source_flux"]]}), kind="all", round_to="none"
+    )
+    row = table.iloc[1]
+    for name in ("theta_E", "source_flux"):
+        for ours, theirs in {"mean": "mean", "sd": "sd", "r_hat": "r_hat", "ess_bulk": "ess_bulk"}.items():
+            assert row[f"{name}_{ours}"] == pytest.approx(float(expected.loc[name, theirs]), rel=1e-5), (name, ours)
+        assert row[f"{name}_median"] == pytest.approx(float(draws[name].median()), rel=1e-5)
+        assert row[f"{name}_map"] == pytest.approx(float(draws[f"{name}_map"]))
+    fits, parquet = (
+        Table.read(results.summary.with_suffix(".fits")),
+        pq.read_table(results.summary.with_suffix(".parquet")),
+    )
+    assert fits.colnames == parquet.column_names == list(table.columns)
+    for name in table:
+        ours = table[name].to_numpy()
+        if ours.dtype.kind in "fiub":
+            np.testing.assert_array_equal(np.asarray(fits[name]), ours, err_msg=name)
+            np.testing.assert_array_equal(parquet[name].to_numpy(), ours, err_msg=name)
+        else:
+            assert parquet[name].to_pylist() == table[name].fillna("").tolist(), name
+    for name, unit in {"theta_E_median": "arcsec", "phi_p16": "rad", "seconds": "s", "true_theta_E": "arcsec"}.items():
+        assert str(fits[name].unit) == unit
+        assert parquet.schema.field(name).metadata[b"unit"] == unit.encode()
+    assert fits["gamma_mean"].unit is fits["theta_E_r_hat"].unit is fits["name"].unit is None
+
+
+def test_summary_in_blocks_is_that_of_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"lens-{i}" for i in range(10)]
+    write_catalogue(tmp_path / "catalogue", {"small": names})
+    monkeypatch.setattr(writing, "BLOCK", 4)
+    write_store(tmp_path / "fit/shard-0000.zarr", {"small": [posteriors(names, seed=1)]})
+    whole = all_rows(Summary(), Results(tmp_path))
+    sizes = []
+    read = Group.read
+    monkeypatch.setattr(shards, "BLOCK", 4)
+    monkeypatch.setattr(Group, "read", lambda group, *of: sizes.append(len(group.rows)) or read(group, *of))
+    pd.testing.assert_frame_equal(all_rows(Summary(), Results(tmp_path)), whole)
+    assert sizes == [4, 4, 2]
+
+
+def test_a_run_without_a_posterior_has_a_summary(tmp_path: Path) -> None:
+    write_catalogue(tmp_path / "catalogue", {"small": ["a"]}, ["b"])
+    write_store(tmp_path / "fit/shard-0000.zarr", {}, {"a": "no memory", "b": "no PSF"})
+    write_summary(Summary(), Results(tmp_path))
+    assert pd.read_csv(tmp_path / "summary/lenses.csv")["reason"].tolist() == ["no memory", "no PSF"]
+    assert len(Table.read(tmp_path / "summary/lenses.fits")) == 2

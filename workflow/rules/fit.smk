@@ -1,4 +1,8 @@
-"""MAP and posterior of every lens of one shard of the catalogue."""
+"""MAP and posterior of every lens of one shard of the catalogue.
+
+The store `shard-0000.zarr` beside the manifest is no output that Snakemake knows, which would remove it before a rerun: what
+is in it and still stands is kept.
+"""
 
 
 rule fit:
@@ -8,18 +12,19 @@ rule fit:
         "results/deflection_table/deflection_table.safetensors",
     output:
         "results/fit/shard-{shard}.csv",
-        "results/fit/shard-{shard}.zarr/zarr.json",
     log:
         "results/logs/fit-{shard}.log",
     benchmark:
         "results/benchmarks/fit-{shard}.tsv"
+    localrule: fitted_elsewhere
     conda:
         environment
-    threads: 8
+    threads: 1 if fitted_elsewhere else 8
     resources:
         mem_mb=lambda wildcards, threads: 1000 + 1300 * threads,
         runtime=720,
     params:
         settings=sections("lens", "priors", "deflection_table", "fit"),
     shell:
-        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} --config {params.settings:q} > {log} 2>&1"
+        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} --cluster {cluster_settings:q} "
+        "--config {params.settings:q} > {log} 2>&1"

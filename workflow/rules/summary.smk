@@ -8,6 +8,7 @@ rule summary:
     output:
         "results/summary/lenses.csv",
         "results/summary/lenses.fits",
+        "results/summary/lenses.parquet",
     log:
         "results/logs/summary.log",
     benchmark:

@@ -1,0 +1,249 @@
+"""The work on one batch of lenses of one shape: MAP, posterior, diagnostics and pictures; it is a part of its shard.
+
+A lens that cannot be fitted is a failure with its reason; the rest of its batch is fitted without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from lenspipe import artefact
+from lenspipe.catalogue.stage import read_batch
+from lenspipe.config import Config, load_config
+from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, reference
+from lenspipe.fit.model import LensModel
+from lenspipe.fit.parts import write_part
+from lenspipe.lens.coordinates import ellipticity
+from lenspipe.memory import keep_freed_memory
+from lenspipe.optics import read_optics
+from lenspipe.posteriors.store import SOURCE_PARAMETERS, parameter_names
+from lenspipe.prior_map import PriorMap
+from lenspipe.results import Results
+from lenspipe.seeds import seed_for
+from lenspipe.source.prior import read_source_prior
+
+log = logging.getLogger("lenspipe")
+
+PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
+PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
+
+
+@dataclass(frozen=True)
+class Task:
+    """One batch: everything a worker needs, small enough to send."""
+
+    config: str
+    paths: Results
+    bucket: str
+    names: tuple[str, ...]
+    hashes: tuple[str, ...] = ()  # of what decides the result of each lens
+    shard: int = 0
+    draws_factor: int = 1  # how many times the draws of the settings are made, of which as many as always are kept
+
+    def of(self, names: tuple[str, ...]) -> Task:
+        """The same task for some of its lenses."""
+        hashes = dict(zip(self.names, self.hashes, strict=False))
+        return replace(self, names=names, hashes=tuple(hashes[name] for name in names if name in hashes))
+
+
+Result = tuple[Task, list[Path], dict[str, str]]  # with the parts that were written, and failures with their reasons
+
+
+def device() -> torch.device:
+    """The GPU that this process may use, or the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fit_task(task: Task) -> Result:
+    """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it.
+
+    Only numerical errors are a lens's own; others, of files and settings, are raised.
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    try:
+        return task, [write_part(task.paths.parts(task.shard), fit_lenses(task))], {}
+    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        log.warning("failed: %s", " ".join(task.names), exc_info=True)
+        if len(task.names) == 1:
+            return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        pieces = halves(task) if out_of_memory(error) else one_by_one(task)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    again = [fit_task(piece) for piece in pieces]
+    failures = {name: reason for _, _, failed in again for name, reason in failed.items()}
+    return task, [part for _, parts, _ in again for part in parts], failures
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory was too small, of a GPU or of the machine."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halves(task: Task) -> list[Task]:
+    """Two tasks with half of the lenses each."""
+    middle = len(task.names) // 2
+    return [task.of(task.names[:middle]), task.of(task.names[middle:])]
+
+
+def one_by_one(task: Task) -> list[Task]:
+    """A task for every lens."""
+    return [task.of((name,)) for name in task.names]
+
+
+def build_model(config: Config, paths: Results, bucket: str, names: list[str]) -> LensModel:
+    """The model of the named lenses of one bucket, from the files of the earlier stages, on this process's device."""
+    at = device()
+    batch = read_batch(paths.catalogue, bucket, names, PRECISION).to(device=at)
+    optics = read_optics(config, paths.deflection_table, PRECISION, at)
+    return LensModel(batch, PriorMap(config.priors.expressions()), read_source_prior(paths.source_prior).to(at), optics)
+
+
+def fit_lenses(task: Task) -> xr.Dataset:
+    """MAP and posterior of the lenses of one batch, as a dataset in the layout of `lenspipe.posteriors.store`.
+
+    What the search found is kept with the chains in a checkpoint, from which a killed batch goes on.
+    """
+    config = load_config(json.loads(task.config))
+    model = build_model(config, task.paths, task.bucket, list(task.names))
+    settings = config.fit.model_copy(update={"draws": config.fit.draws * task.draws_factor})
+    checkpoint = batch_checkpoint(task)
+    began = time.perf_counter()
+    found = map_search.restored(checkpoint.load(), model.data.device)
+    if found is None:
+        found = SEARCHES[settings.search](model, settings, _generators(config.seed, "map", task.names))
+        if not bool(torch.isfinite(found.log_density).all()):
+            raise ArithmeticError("no start of the MAP search reached a finite log posterior")
+    seconds_map = (time.perf_counter() - began) / len(task.names)
+    generators = _generators(config.seed, "hmc", task.names)
+    if settings.sampler == "hmc":
+        draws = chains.sample(model, found, settings, generators, monitored(model), checkpoint)
+    else:
+        draws = reference.SAMPLERS[settings.sampler](model, found, settings, generators)
+    draws = chains.thinned(draws, config.fit.draws)
+    seconds = (time.perf_counter() - began) / len(task.names)
+    checkpoint.path.unlink(missing_ok=True)
+    result = _dataset(*on_processor(model, found, draws))
+    return result.assign(
+        hash=("lens", np.array(task.hashes, dtype=object)),
+        draws_factor=("lens", np.full(len(task.names), task.draws_factor)),
+        seconds_map=("lens", np.full(len(task.names), seconds_map)),
+        seconds=("lens", np.full(len(task.names), seconds)),
+    )
+
+
+def batch_checkpoint(task: Task) -> chains.Checkpoint:
+    """The checkpoint of a batch: of its lenses, all that decides their results, and the code."""
+    key = {
+        "names": list(task.names),
+        "hashes": list(task.hashes),
+        "draws_factor": task.draws_factor,
+        "versions": artefact.versions(),
+        "commit": artefact.git_commit(),
+    }
+    name = hashlib.sha256(json.dumps([task.bucket, key["names"]]).encode()).hexdigest()[:16]
+    return chains.Checkpoint(task.paths.fit / "checkpoints" / f"{name}.safetensors", key)
+
+
+def monitored(model: LensModel) -> list[int]:
+    """Columns of w whose chains must agree: all named parameters but the source's, which its latents can stand for."""
+    return [column for column, name in enumerate(model.priors.free) if name not in SOURCE_PARAMETERS]
+
+
+def on_processor(
+    model: LensModel, found: map_search.MapFit, draws: hmc.Draws
+) -> tuple[LensModel, map_search.MapFit, hmc.Draws]:
+    """Model and results off the GPU, for what is done once a lens."""
+    at = torch.device("cpu")
+    optics = replace(model.optics, deflection=model.optics.deflection and model.optics.deflection.to(device=at))
+    moved = LensModel(model.batch.to(device=at), model.priors, model.source.to(at), optics)
+    return moved, map_search.MapFit(**tensors_of(found, at)), hmc.Draws(**tensors_of(draws, at))
+
+
+def tensors_of(record: map_search.MapFit | hmc.Draws, at: torch.device) -> dict[str, torch.Tensor]:
+    """The fields of a record of tensors, on a device."""
+    return {field.name: getattr(record, field.name).to(at) for field in fields(record)}
+
+
+SEARCHES = {"gauss_newton": map_search.search, "adam": reference.adam_search}
+
+
+def _generators(seed: int, purpose: str, names: tuple[str, ...]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed_for(seed, purpose, name)) for name in names]
+
+
+@torch.no_grad()
+def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr.Dataset:
+    lenses, number_of_chains, number = draws.w.shape[:3]
+    chain_draw = ("lens", "chain", "draw")
+    flat = draws.w.flatten(0, 2)
+    data: dict[str, tuple[object, np.ndarray]] = {"name": ("lens", np.array(model.batch.names, dtype=object))}
+    for name, value in _reported(model, flat).items():
+        data[name] = (chain_draw, value.reshape(lenses, number_of_chains, number).numpy().astype("float32"))
+    data["latent"] = ((*chain_draw, "source_unknown"), model.split(draws.w)[1].numpy().astype("float32"))
+    for name in ("log_density", "acceptance", "diverging", "energy"):
+        data[name] = (chain_draw, getattr(draws, name).numpy())
+    for name, value in _reported(model, found.w).items():
+        data[f"{name}_map"] = ("lens", value.numpy().astype("float64"))
+    usable = model.batch.usable.sum((-2, -1))
+    data["pixels"] = ("lens", usable.numpy())
+    data["chi2_per_pixel"] = ("lens", (model.residuals(found.w).double().square().sum((-2, -1)) / usable).numpy())
+    data["log_density_map"] = ("lens", found.log_density.numpy())
+    data["start_log_density"] = (("lens", "start"), found.start_log_density.numpy())
+    data["converged"] = ("lens", found.converged.numpy())
+    data["step_size"] = ("lens", draws.step_size.numpy())
+    data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
+    data |= diagnostics.variables(model, found, draws)
+    data["basin_parameters"] = (("lens", "basin", "parameter"), _of_basins(model, found, xr.Dataset(data)))
+    return xr.Dataset(data | _pictures(model, found.w, draws.w))
+
+
+def _of_basins(model: LensModel, found: map_search.MapFit, data: xr.Dataset) -> np.ndarray:
+    """Parameters [lens, basin, parameter] of the search's solutions, in the order of `parameter_names`."""
+    reported = _reported(model, found.basins_w.flatten(0, 1))
+    columns = torch.stack([reported[name] for name in parameter_names(data)], -1)
+    return columns.unflatten(0, found.basins_w.shape[:2]).numpy().astype("float64")
+
+
+def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Named parameters of config and canonical ones, e1 and e2 always among them; w: [n, size]."""
+    p = model.parameters(w)
+    if "e1" not in p:
+        p["e1"], p["e2"] = ellipticity(p["q"], p["phi"])
+    return p
+
+
+def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
+    """Model and source at the MAP, their mean and spread over draws spread evenly, and fluxes; in image units.
+
+    All pictures of a source are in the frame of its MAP.
+    """
+    image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
+    unit = model.batch.flux_unit[:, None, None]
+    flat = draws.flatten(1, 2)
+    chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)
+    models = torch.stack([model.image(w) for w in chosen])
+    total, lensed = (torch.stack(f, 1) for f in zip(*(derived.source_fluxes(model, w) for w in chosen), strict=True))
+    frame = model.source_frame(w_map)
+    sources = torch.stack([model.source_plane(w, frame) for w in chosen])
+    return {
+        "model_map": (image, (unit * model.image(w_map)).numpy()),
+        "model_mean": (image, (unit * models.mean(0)).numpy()),
+        "model_sd": (image, (unit * models.std(0)).numpy()),
+        "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
+        "source_mean": (source, (unit * sources.mean(0)).numpy()),
+        "source_sd": (source, (unit * sources.std(0)).numpy()),
+        "source_frame": (("lens", "frame"), frame.numpy()),
+        "source_total_flux": (("lens", "sample"), (unit[:, 0] * total).numpy()),
+        "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),
+        "magnification": (("lens", "sample"), (lensed / total).numpy()),
+    }

@@ -1,0 +1,47 @@
+"""Fits made again for chosen lenses, with more draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lenspipe.catalogue.stage import AS_WRITTEN, read_catalogue
+from lenspipe.config import Config
+from lenspipe.errors import InputError
+from lenspipe.fit.stage import fit_shard
+from lenspipe.results import Results
+
+
+def refit_lenses(
+    config: Config, paths: Results, names: Sequence[str], where: str | None, draws_factor: int, workers: int = 1
+) -> list[str]:
+    """Fit the lenses named, and those whose row of the summary meets a condition, again; return their names.
+
+    Their new results take the place of the old ones, also in later runs of the same settings.
+    Raises InputError for unknown names, a condition that cannot be read, and where no lens is chosen.
+    """
+    chosen = [*names, *(chosen_where(paths, where) if where else [])]
+    if not chosen:
+        raise InputError(f"no lens to fit again; name some, or give a condition that some meet (found: {where})")
+    places = {name: row for row, name in enumerate(read_catalogue(paths.catalogue)["name"])}
+    if unknown := [name for name in chosen if name not in places]:
+        raise InputError(f"{', '.join(unknown)}: no such lens in the catalogue {paths.catalogue}")
+    for shard in sorted({places[name] // config.fit.shard_size for name in chosen}):
+        fit_shard(config, paths, shard, workers, again=chosen, draws_factor=draws_factor)
+    return sorted(set(chosen), key=places.__getitem__)
+
+
+def chosen_where(paths: Results, where: str) -> list[str]:
+    """Names of the lenses whose row of the summary meets a condition in pandas' language."""
+    if not paths.summary.is_file():
+        raise InputError(f"{paths.summary}: no summary here to choose from; run the stage summary first")
+    table = pd.read_csv(paths.summary, dtype={"name": str, "status": str, "flags": str, "reason": str}, **AS_WRITTEN)
+    table = table.fillna({"flags": "", "reason": ""})
+    try:
+        return table.query(where)["name"].tolist()
+    except Exception as error:  # whatever pandas raises for what it cannot read
+        raise InputError(
+            f"--where {where!r}: {error}; a condition is like \"ess_bulk_min < 400 and status == 'flagged'\", its "
+            f"columns are those of {paths.summary}"
+        ) from None

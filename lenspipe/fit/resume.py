@@ -1,0 +1,178 @@
+"""What is fitted already: a lens's settings and inputs decide its result, and their hash finds it again.
+
+Results lie in stores, one a shard, and in parts, batches of a shard that is not whole yet. A lens may have moved to
+another shard, because the catalogue has grown or shards have another size: its result is taken over from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+import zarr
+
+from lenspipe import artefact
+from lenspipe.config import Config
+from lenspipe.errors import InputError
+from lenspipe.fit.parts import read_part, write_part
+from lenspipe.posteriors.shards import damaged
+from lenspipe.results import Results
+
+HOW_IT_RUNS = {"shard_size", "batch_size"}  # settings of fits that decide no result
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the result of a lens lies: a row of a part, or of the group of a store."""
+
+    file: Path
+    row: int
+    name: str
+    bucket: str = ""  # of a store
+
+
+def lens_hashes(config: Config, paths: Results, lenses: pd.DataFrame) -> dict[str, str]:
+    """Hash of all that decides the result of each usable lens, by name: settings, earlier stages, its data."""
+    settings = config.model_dump(mode="json", include={"seed": True, "lens": True, "priors": True, "fit": True})
+    settings["fit"] = {key: value for key, value in settings["fit"].items() if key not in HOW_IT_RUNS}
+    common = {
+        "settings": settings,
+        "files": {path.name: artefact.content_hash(path) for path in files_that_decide(config, paths)},
+        "lenspipe": artefact.versions()["lenspipe"],
+    }
+    begun = hashlib.sha256(json.dumps(common, sort_keys=True).encode())
+    usable = lenses[lenses["status"] == "usable"]
+    found = {}
+    for name, own in zip(usable["name"], usable["hash"], strict=True):
+        digest = begun.copy()
+        digest.update(json.dumps([name, own]).encode())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def files_that_decide(config: Config, paths: Results) -> list[Path]:
+    """Files of earlier stages that decide the results of all lenses."""
+    return [paths.source_prior, *([paths.deflection_table] if config.lens.deflection == "table" else [])]
+
+
+def stores(fit: Path) -> list[Path]:
+    """The stores of all shards, those of an earlier, larger catalogue too."""
+    return sorted(fit.glob("shard-*.zarr"))
+
+
+def index_of_store(store: Path) -> dict[str, Place]:
+    """Where the lenses of a store lie, by hash; nothing where it cannot be read."""
+    found: dict[str, Place] = {}
+    try:
+        for bucket, group in zarr.open_group(store, mode="r").groups():
+            names, hashes = (np.asarray(group[key]).tolist() for key in ("name", "hash"))
+            found |= {h: Place(store, row, n, bucket) for row, (n, h) in enumerate(zip(names, hashes, strict=True))}
+    except (OSError, ValueError, KeyError, RuntimeError):
+        return found
+    return found
+
+
+def index_of_parts(parts: Iterable[Path]) -> dict[str, Place]:
+    """Where the lenses of parts lie, by hash; what cannot be read is passed over."""
+    found: dict[str, Place] = {}
+    for path in parts:
+        part = read_part(path, ["name", "hash"])
+        if part is not None:
+            rows = zip(part["name"].to_numpy().tolist(), part["hash"].to_numpy().tolist(), strict=True)
+            found |= {h: Place(path, row, name) for row, (name, h) in enumerate(rows)}
+    return found
+
+
+def located(paths: Results, shard: int, hashes: Collection[str], unreadable: Collection[str] = ()) -> dict[str, Place]:
+    """Where results lie, by hash: in this shard's store, without the names `unreadable`, or, later, in parts."""
+    found = {h: place for h, place in index_of_store(paths.store(shard)).items() if place.name not in unreadable}
+    found |= index_of_parts(sorted(paths.fit.glob("parts/*/*.npz"), key=age))
+    return {h: place for h, place in found.items() if h in set(hashes)}
+
+
+def age(path: Path) -> float:
+    """When a file was written; zero for one that another job has just removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def take_over(paths: Results, shard: int, hashes: Collection[str]) -> None:
+    """Make parts of this shard from results that are in the stores of other shards."""
+    others = [store for store in stores(paths.fit) if store != paths.store(shard)]
+    elsewhere = {h: place for store in others for h, place in index_of_store(store).items() if h in set(hashes)}
+    for (store, bucket), chosen in by_file(elsewhere.values()).items():
+        batch = loaded(store, bucket, chosen)
+        if batch is not None:
+            write_part(paths.parts(shard), batch)
+
+
+def loaded(store: Path, bucket: str, places: list[Place]) -> xr.Dataset | None:
+    """Rows of the store of another shard; None where it is damaged or was replaced in the meantime."""
+    try:
+        before = store.stat().st_ino
+        batch = opened(store, bucket, places).load()
+        sound = store.stat().st_ino == before and not {place.name for place in places} & set(damaged(store))
+    except (OSError, ValueError, KeyError, RuntimeError, InputError):
+        return None
+    return batch if sound else None
+
+
+def guests(paths: Results, shard: int, members: Collection[str], hashes: Collection[str]) -> dict[str, Place]:
+    """Results in this shard's store, of lenses that are another shard's now and have no result elsewhere yet."""
+    own = paths.store(shard)
+    leaving = {h: p for h, p in index_of_store(own).items() if h in set(hashes) and h not in set(members)}
+    if leaving:
+        elsewhere = {h for store in stores(paths.fit) if store != own for h in index_of_store(store)}
+        elsewhere |= index_of_parts(paths.fit.glob("parts/*/*.npz")).keys()
+        leaving = {h: place for h, place in leaving.items() if h not in elsewhere}
+    return leaving
+
+
+def by_file(places: Iterable[Place]) -> dict[tuple[Path, str], list[Place]]:
+    """Places that can be read together."""
+    found: dict[tuple[Path, str], list[Place]] = defaultdict(list)
+    for place in places:
+        found[place.file, place.bucket].append(place)
+    return found
+
+
+def opened(file: Path, bucket: str, places: list[Place]) -> xr.Dataset:
+    """The rows of one part, or of one group of a store, lazily. Raises InputError where a part is gone or damaged."""
+    if bucket:
+        batch = xr.open_zarr(file, group=bucket, consolidated=False)
+    else:
+        part = read_part(file)
+        if part is None:
+            raise InputError(f"{file}: cannot be read any more; run the stage fit again, it makes what is missing")
+        batch = part
+    return batch.isel(lens=[place.row for place in places])
+
+
+def gathered(places: Iterable[Place], bucket_of: Mapping[str, str]) -> dict[str, list[xr.Dataset]]:
+    """The results at all places, by the bucket that each lens has in the catalogue."""
+    groups: dict[str, list[xr.Dataset]] = defaultdict(list)
+    for (file, bucket), chosen in by_file(places).items():
+        for name in {bucket_of[place.name] for place in chosen}:
+            same = [place for place in chosen if bucket_of[place.name] == name]
+            groups[name].append(opened(file, bucket, same))
+    return groups
+
+
+def recorded_failures(store: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Reasons of lenses that failed when this shard was last fitted, from the same settings and inputs, by name."""
+    try:
+        facts: dict[str, Any] = artefact.read_record(store)["facts"]
+    except (InputError, KeyError, ValueError):
+        return {}
+    failed = facts.get("failed", {})
+    return {name: reason for name, (own, reason) in failed.items() if hashes.get(name) == own}

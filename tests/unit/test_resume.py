@@ -1,0 +1,262 @@
+"""What is fitted is not fitted again: by hash, from stores, parts and other shards; damage and doubled jobs.
+
+The fits are made-up posteriors that say how often each lens was asked for; planning, parts, stores, manifests are real.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from typer.testing import CliRunner
+
+from lenspipe import artefact
+from lenspipe.cli import app
+from lenspipe.config import Config, Fit
+from lenspipe.errors import InputError, LenspipeError
+from lenspipe.fit import batch, resume
+from lenspipe.fit.batch import Task
+from lenspipe.fit.parts import read_part, write_part
+from lenspipe.fit.refit import refit_lenses
+from lenspipe.fit.stage import fit_shard
+from lenspipe.posteriors.reading import open_posteriors
+from lenspipe.posteriors.shards import read_manifests
+from lenspipe.results import Results
+from lenspipe.seeds import seed_for
+from tests.posteriors import posteriors
+
+NAMES = tuple("abcdefg")
+BUCKET = "image16x16_psf3x3"
+SOME = ["name", "theta_E", "latent", "diverging", "prior_depth_of", "model_map"]  # variables of every kind, for speed
+
+
+def catalogue(paths: Results, names: tuple[str, ...], changed: str = "") -> None:
+    """A catalogue of usable lenses, the data of one of them changed."""
+    paths.catalogue.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"name": n, "origin": "", "status": "usable", "reason": "", "bucket": BUCKET, "hash": n + "!" * (n == changed)}
+        for n in names
+    ]
+    pd.DataFrame(rows).to_csv(paths.catalogue.with_name("lenses.csv"), index=False)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Results:
+    paths = Results(tmp_path)
+    for path in (paths.source_prior, paths.deflection_table):
+        path.parent.mkdir()
+        path.write_text("made by an earlier stage")
+    catalogue(paths, NAMES)
+    return paths
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each lens was fitted; the result depends on its name and the factor of its draws alone."""
+    count: Counter[str] = Counter()
+
+    def fit_lenses(task: Task) -> xr.Dataset:
+        count.update(task.names)
+        if "hopeless" in task.names:
+            raise ArithmeticError("no numbers")
+        alone = [posteriors([name], seed=seed_for(task.draws_factor, "made up", name) % 2**31) for name in task.names]
+        made = xr.concat(alone, "lens")[SOME].assign(hash=("lens", np.array(task.hashes, dtype=object)))
+        return made.assign(draws_factor=("lens", [task.draws_factor] * len(task.names)))
+
+    monkeypatch.setattr(batch, "fit_lenses", fit_lenses)
+    return count
+
+
+def config(shard_size: int = 5, draws: int = 20) -> Config:
+    return Config(fit=Fit(shard_size=shard_size, batch_size=2, draws=draws))
+
+
+def run(settings: Config, paths: Results, shards: tuple[int, ...]) -> xr.Dataset:
+    """Fit the shards in the order given; what is stored afterwards, by lens."""
+    for shard in shards:
+        fit_shard(settings, paths, shard)
+    return open_posteriors(paths.fit).sortby("lens").load()
+
+
+def test_a_finished_lens_is_not_fitted_again(paths: Results, asked: Counter[str]) -> None:
+    """Nor is its store written again."""
+    first = run(config(), paths, (0, 1))
+    assert asked == Counter(NAMES)
+    written = {store: store.stat().st_mtime_ns for store in resume.stores(paths.fit)}
+    for shard in (0, 1):
+        paths.manifest(shard).unlink()  # as Snakemake does before a rerun
+    xr.testing.assert_identical(run(config(), paths, (0, 1)), first)
+    assert asked == Counter(NAMES)
+    assert {store: store.stat().st_mtime_ns for store in resume.stores(paths.fit)} == written
+    assert read_manifests(paths.fit)["name"].tolist() == list(NAMES)
+    assert not list(paths.fit.glob("parts/*/*"))
+
+
+@pytest.mark.parametrize("what", ["settings", "source", "data"])
+def test_what_decides_a_result_has_it_fitted_again(what: str, paths: Results, asked: Counter[str]) -> None:
+    first = run(config(), paths, (0, 1))
+    if what == "source":
+        paths.source_prior.write_text("another one")
+    elif what == "data":
+        catalogue(paths, NAMES, changed="c")
+    run(config(draws=21 if what == "settings" else 20), paths, (0, 1))
+    assert asked == Counter(NAMES) + Counter("c" if what == "data" else NAMES)
+    assert first.sizes["lens"] == len(NAMES)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_new_lenses_alone_are_fitted(order: tuple[int, ...], paths: Results, asked: Counter[str]) -> None:
+    """Even where they come first, so that others move to the next shard; in whatever order shards are done."""
+    first = run(config(), paths, (0, 1))
+    catalogue(paths, ("new", "newer", "newest", *NAMES, "last"))
+    grown = run(config(), paths, order)
+    assert asked == Counter((*NAMES, "new", "newer", "newest", "last"))
+    assert sorted(grown["lens"].to_numpy()) == sorted(asked)
+    xr.testing.assert_identical(grown.sel(lens=list(NAMES)), first)
+
+
+def test_shards_of_another_size_take_results_over(paths: Results, asked: Counter[str]) -> None:
+    """And those beyond the last are removed once nobody needs them, so that no lens is read twice."""
+    first = run(config(shard_size=2), paths, (0, 1, 2, 3))
+    second = run(config(shard_size=4), paths, (0, 1))
+    assert asked == Counter(NAMES)
+    xr.testing.assert_identical(second, first)
+    left = sorted(path.name for path in paths.fit.glob("shard-*"))
+    assert left == ["shard-0000.csv", "shard-0000.zarr", "shard-0001.csv", "shard-0001.zarr"]
+
+
+def test_batches_of_a_killed_job_are_kept(paths: Results, asked: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    fit = batch.fit_lenses
+
+    def until_killed(task: Task) -> xr.Dataset:
+        if "e" in task.names:
+            raise Killed
+        return fit(task)
+
+    monkeypatch.setattr(batch, "fit_lenses", until_killed)
+    with pytest.raises(Killed):
+        fit_shard(config(), paths, 0)
+    assert not paths.manifest(0).exists()
+    monkeypatch.setattr(batch, "fit_lenses", fit)
+    run(config(), paths, (0, 1))
+    assert asked == Counter(NAMES)
+
+
+def test_a_part_that_was_cut_short_is_fitted_again(paths: Results, asked: Counter[str]) -> None:
+    """Also one with a flipped byte."""
+    hashes = resume.lens_hashes(config(), paths, resume_catalogue(paths))
+    parts = [
+        write_part(paths.parts(0), posteriors([n]).assign(hash=("lens", [hashes[n]]), draws_factor=("lens", [1])))
+        for n in "abc"
+    ]
+    parts[0].write_bytes(parts[0].read_bytes()[:5000])
+    bytes_of = bytearray(parts[1].read_bytes())
+    bytes_of[len(bytes_of) // 2] ^= 1
+    parts[1].write_bytes(bytes(bytes_of))
+    assert [read_part(part) is None for part in parts] == [True, True, False]
+    with pytest.raises(InputError, match="cannot be read any more"):
+        resume.opened(parts[0], "", [])
+
+
+def resume_catalogue(paths: Results) -> pd.DataFrame:
+    return pd.read_csv(paths.catalogue.with_name("lenses.csv"))
+
+
+def test_a_damaged_store_is_fitted_again_where_it_is_damaged(paths: Results, asked: Counter[str]) -> None:
+    first = run(config(), paths, (0, 1))
+    file = paths.store(1) / BUCKET / "theta_E/c/0/0/0"
+    file.write_bytes(file.read_bytes()[:10])
+    xr.testing.assert_identical(run(config(), paths, (0, 1)), first)
+    assert asked == Counter(NAMES) + Counter("fg")
+
+
+def test_a_lens_that_failed_is_not_tried_again_but_when_told(paths: Results, asked: Counter[str]) -> None:
+    catalogue(paths, (*NAMES, "hopeless"))
+    run(config(), paths, (0, 1))
+    before = asked["hopeless"]
+    paths.manifest(1).unlink()
+    run(config(), paths, (0, 1))
+    assert asked["hopeless"] == before
+    reasons = read_manifests(paths.fit).set_index("name")["reason"]
+    assert reasons["hopeless"] == "ArithmeticError: no numbers"
+    assert set(reasons.drop("hopeless")) == {""}
+    refit_lenses(config(), paths, ["hopeless"], None, 1)
+    assert asked["hopeless"] > before
+
+
+def test_two_jobs_of_the_same_shard(paths: Results, asked: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one begins and ends while the first is on its last batch: both end well, each lens is there once."""
+    fit = batch.fit_lenses
+
+    def while_another_works(task: Task) -> xr.Dataset:
+        if "e" in task.names:
+            monkeypatch.setattr(batch, "fit_lenses", fit)
+            fit_shard(config(), paths, 0)
+        return fit(task)
+
+    monkeypatch.setattr(batch, "fit_lenses", while_another_works)
+    stored = run(config(), paths, (0, 1))
+    assert stored["lens"].to_numpy().tolist() == list(NAMES)
+    assert not list(paths.fit.glob("parts/*/*"))
+
+
+def test_a_store_is_brought_back_after_a_kill_between_its_two_renames(paths: Results, asked: Counter[str]) -> None:
+    first = run(config(), paths, (0, 1))
+    store = paths.store(0)
+    store.rename(store.with_name(f".{store.name}.12345678.retired"))
+    xr.testing.assert_identical(run(config(), paths, (0, 1)), first)
+    assert asked == Counter(NAMES)
+    assert not list(paths.fit.glob(".*.retired"))
+
+
+def test_refit_by_a_condition(paths: Results, asked: Counter[str]) -> None:
+    """The chosen lens has its new draws, also after later runs; the others keep theirs."""
+    first = run(config(), paths, (0, 1))
+    paths.summary.parent.mkdir()
+    table = pd.DataFrame({"name": NAMES, "status": "ok", "flags": "", "ess_bulk_min": [500, 300, *[500] * 5]})
+    table.to_csv(paths.summary, index=False)
+    assert refit_lenses(config(), paths, [], "ess_bulk_min < 400", 4) == ["b"]
+    again = run(config(), paths, (0, 1))
+    assert asked == Counter(NAMES) + Counter("b")
+    assert again["draws_factor"].to_numpy().tolist() == [1, 4, 1, 1, 1, 1, 1]
+    assert not np.array_equal(again["theta_E"].sel(lens="b"), first["theta_E"].sel(lens="b"))
+    xr.testing.assert_identical(again.drop_sel(lens="b"), first.drop_sel(lens="b"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no lens to fit again"),
+        (["nobody"], "nobody: no such lens"),
+        (["--where", "ess_bulk < 400"], "name 'ess_bulk' is not defined"),
+        (["--where", "ess_bulk_min < 4"], "no lens to fit again"),
+    ],
+)
+def test_refit_says_what_is_wrong(arguments: list[str], said: str, paths: Results) -> None:
+    paths.summary.parent.mkdir()
+    pd.DataFrame({"name": NAMES, "status": "ok", "ess_bulk_min": 500}).to_csv(paths.summary, index=False)
+    done = CliRunner().invoke(app, ["refit", *arguments, "--config", "{}", "--results", str(paths.root)])
+    assert done.exit_code == 1
+    assert said in " ".join(done.stderr.split())
+
+
+def fill_the_disk(target: Path) -> None:
+    with artefact.written_whole(target) as new:
+        new.mkdir()
+        Path("/dev/full").write_bytes(b"a byte too many")
+
+
+def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """And what was there stays."""
+    target = tmp_path / "shard-0000.zarr"
+    target.mkdir()
+    with pytest.raises(LenspipeError, match=r"shard-0000\.zarr: no space left"):
+        fill_the_disk(target)
+    assert list(tmp_path.iterdir()) == [target]
