@@ -14,7 +14,9 @@ from lenspipe.config import Fit
 from lenspipe.fit import map_search, reference
 from lenspipe.fit.batch import SEARCHES
 from lenspipe.fit.model import LensModel
+from lenspipe.image.simulator import Optics
 from tests.lenses import easy_lenses
+from tests.unit.test_fit import TABLE
 
 
 def generators(number: int) -> list[torch.Generator]:
@@ -38,7 +40,8 @@ def test_every_choice_of_the_settings_is_there() -> None:
 def test_samplers_in_single_precision(sampler: str) -> None:
     """As the stage runs them, after the search by Adam."""
     model, _ = easy_lenses(2, 0.05)
-    single = LensModel(model.batch.to(torch.float32), model.priors, model.source, model.optics)
+    optics = Optics(TABLE.to(dtype=torch.float32))
+    single = LensModel(model.batch.to(torch.float32), model.priors, model.source, optics)
     settings = Fit(adam_steps=20, chains=2, warmup=20, draws=20, svi_steps=5, svi_rank=2, path_length=0.5)
     found = SEARCHES["adam"](single, settings, generators(2))
     draws = reference.SAMPLERS[sampler](single, found, settings, generators(2))
