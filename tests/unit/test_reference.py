@@ -94,7 +94,7 @@ def test_adam_reaches_the_maximum(found: tuple[LensModel, map_search.MapFit]) ->
     short = Fit(adam_steps=10, adam_learning_rate=0.1)
     together = reference.adam_search(model, short, generators(2))
     alone = reference.adam_search(model.take(torch.tensor([1])), short, generators(1))
-    torch.testing.assert_close(together.w[1], alone.w[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together.w[1], alone.w[0], rtol=1e-7, atol=1e-7)
     assert adam.start_log_density.shape == (2, 1)
     assert adam.converged.tolist() == [True, True]
     assert not together.converged.any()
