@@ -505,7 +505,7 @@ def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> Non
 GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def found(model: tuple[LensModel, Tensor]) -> map_search.MapFit:
     lens_model, truth = model
     w, value, converged = map_search.climb(lens_model, truth, 1.0, 40)
@@ -516,6 +516,14 @@ def seeded(lenses: int = 3) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(row) for row in range(lenses)]
 
 
+COLUMNS = list(range(8))
+
+
+@pytest.fixture(scope="module")
+def never_stopped(model: tuple[LensModel, Tensor], found: map_search.MapFit) -> hmc.Draws:
+    return chains.sample(model[0], found, GATED, seeded(), COLUMNS)
+
+
 class Killed(Exception):
     """What a test kills a run with."""
 
@@ -524,14 +532,13 @@ class Killed(Exception):
 def test_chains_of_a_killed_batch_go_on(
     model: tuple[LensModel, Tensor],
     found: map_search.MapFit,
+    never_stopped: hmc.Draws,
     after: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed in the warm-up, in the first draws or in the second round: the draws are those of a run never stopped."""
     lens_model, _ = model
-    columns = list(range(8))
-    whole = chains.sample(lens_model, found, GATED, seeded(), columns)
     checkpoint = chains.Checkpoint(tmp_path / "c.safetensors", {"batch": 1})
     monkeypatch.setattr(chains, "CHECKPOINT_SECONDS", 0.0)
     advance, count = hmc.Run.advance, 0
@@ -545,14 +552,14 @@ def test_chains_of_a_killed_batch_go_on(
 
     monkeypatch.setattr(hmc.Run, "advance", until_killed)
     with pytest.raises(Killed):
-        chains.sample(lens_model, found, GATED, seeded(), columns, checkpoint)
+        chains.sample(lens_model, found, GATED, seeded(), COLUMNS, checkpoint)
     monkeypatch.setattr(hmc.Run, "advance", advance)
     again = map_search.restored(checkpoint.load(), torch.device("cpu"))
     assert again is not None
     torch.testing.assert_close(again.basins_w, found.basins_w, equal_nan=True)
-    resumed = chains.sample(lens_model, again, GATED, seeded(), columns, checkpoint)
-    torch.testing.assert_close(resumed.w, whole.w)
-    torch.testing.assert_close(resumed.log_density, whole.log_density)
+    resumed = chains.sample(lens_model, again, GATED, seeded(), COLUMNS, checkpoint)
+    torch.testing.assert_close(resumed.w, never_stopped.w)
+    torch.testing.assert_close(resumed.log_density, never_stopped.log_density)
     assert chains.Checkpoint(checkpoint.path, {"batch": 2}).load() == {}
 
 
