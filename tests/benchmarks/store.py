@@ -1,8 +1,8 @@
 """Size and speed of the store of posteriors: `python tests/benchmarks/store.py [LENSES] [PIXELS]`.
 
 Made-up posteriors with all variables of a fit, 10,000 lenses of 64 x 64 pixels unless told otherwise, each of 4 chains
-of 500 draws of 14 parameters and 64 unknowns of the source, in shards of 500; 7 GB in a temporary folder. Each step is a
-process of its own with one thread and gives one JSON line: seconds on the clock and, `cpu`, of the processor, imports
+of 500 draws of 14 parameters and 64 unknowns of the source, in shards of 500; 7 GB in a temporary folder. Each step is
+a process of its own with one thread and gives one JSON line: seconds on the clock and, `cpu`, of the processor, imports
 aside, and its greatest resident memory.
 """
 
