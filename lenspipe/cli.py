@@ -135,7 +135,13 @@ def fit(
     shard: Annotated[
         int | None, typer.Option(min=0, help="number of the shard; all of them where none is given")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="where they run, as inline JSON in place of the section `cluster`")
+    ] = None,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
     from lenspipe.catalogue.tables import count_shards
@@ -143,6 +149,8 @@ def fit(
 
     with plain_errors():
         settings = load_config(config)
+        if cluster is not None:
+            settings = settings.model_copy(update={"cluster": load_config(f'{{"cluster": {cluster}}}').cluster})
         shards = range(count_shards(settings)) if shard is None else [shard]
         for number in shards:
             fit_shard(settings, Results(results), number, workers)

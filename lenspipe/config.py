@@ -734,6 +734,37 @@ class Report(Section):
     reconstructions: Count = Field(8, description="number of test galaxies drawn with their reconstructions")
 
 
+class Cluster(Section):
+    """Where batches of lenses are fitted, inside stage `fit`; results do not depend on it, a change reruns nothing."""
+
+    kind: Literal["local", "address", "slurm"] = Field(
+        "local",
+        description="local: processes of the machine or SLURM job that the stage runs in; address: a Dask scheduler "
+        "that runs already; slurm: jobs that the stage itself submits, as many as it needs",
+    )
+    address: str | None = Field(
+        None, description="of the scheduler, such as tcp://host:8786, or the path of its scheduler file"
+    )
+    site: str = Field(
+        "workflow/profiles/slurm/dask.yaml",
+        description="Dask's settings for the site, with what a SLURM job of a worker asks for; a relative path is "
+        "taken from the folder the run is in, then from the one of the Snakefile",
+    )
+    jobs_min: int = Field(0, ge=0, description="SLURM jobs that are kept even with nothing to do")
+    jobs_max: Count = Field(20, description="greatest number of SLURM jobs of one shard")
+    retries: int = Field(
+        2, ge=0, description="times that a batch is tried again after its worker died, before it is halved"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Cluster:
+        if self.kind == "address" and not self.address:
+            raise ValueError("kind is address, but no address is given; write that of the Dask scheduler")
+        if self.jobs_min > self.jobs_max:
+            raise ValueError(f"jobs_min ({self.jobs_min}) must not be above jobs_max ({self.jobs_max})")
+        return self
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -749,6 +780,7 @@ class Config(Section):
     mocks: Mocks = Mocks()
     catalogue: Catalogue = Catalogue()
     fit: Fit = Fit()
+    cluster: Cluster = Cluster()
     summary: Summary = Summary()
     report: Report = Report()
 

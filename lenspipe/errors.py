@@ -15,3 +15,7 @@ class TrainingError(LenspipeError):
 
 class InputError(LenspipeError):
     """A file that was handed in is missing, broken or not what it should be."""
+
+
+class ClusterError(LenspipeError):
+    """The batch system or Dask's scheduler cannot be reached or refuses."""

@@ -48,6 +48,11 @@ class Results:
     def fit(self) -> Path:
         return self.root / "fit"
 
+    @property
+    def fit_logs(self) -> Path:
+        """A folder for each shard, in it a log file for each batch."""
+        return self.root / "logs/fit"
+
     def manifest(self, shard: int) -> Path:
         return self.fit / f"shard-{shard:04d}.csv"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
 from lenspipe.source.prior import read_source_prior
+
+log = logging.getLogger("lenspipe")
 
 PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
 PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
@@ -70,6 +73,7 @@ def fit_task(task: Task) -> Result:
     try:
         return task, [write_part(task.paths.parts(task.shard), fit_lenses(task))], {}
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        log.warning("failed: %s", " ".join(task.names), exc_info=True)
         if len(task.names) == 1:
             return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
         pieces = halves(task) if out_of_memory(error) else one_by_one(task)

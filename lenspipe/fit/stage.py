@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import dask
 import pandas as pd
-from dask.distributed import Client, KilledWorker, LocalCluster, as_completed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError, LenspipeError
-from lenspipe.fit import resume
-from lenspipe.fit.batch import Result, Task, fit_task, one_by_one
+from lenspipe.fit import cluster, resume
+from lenspipe.fit.batch import Task, fit_task, halves
+from lenspipe.fit.progress import progress
 from lenspipe.fit.resume import Place
 from lenspipe.memory import free_memory
 from lenspipe.posteriors.writing import write_shard
@@ -37,14 +34,15 @@ def fit_shard(
     config: Config,
     paths: Results,
     shard: int,
-    workers: int = 1,
+    workers: int | None = 1,
     again: Collection[str] = (),
     draws_factor: int = 1,
 ) -> None:
     """Fit the lenses of one shard; write its manifest (shard-0000.csv) and `shard-0000.zarr` beside it.
 
-    workers: processes that fit batches side by side, one thread each; 1 fits in this process. again: names of lenses
-    that are fitted even if they have a result, with `draws_factor` times as many draws.
+    workers: greatest number of processes on this machine that fit batches side by side, one thread each; 1 fits in this
+    process, None is one for each GPU or processor. again: names of lenses that are fitted even if they have a result,
+    with `draws_factor` times as many draws.
     """
     lenses, catalogue = members(config, paths, shard)
     store = paths.store(shard)
@@ -58,13 +56,15 @@ def fit_shard(
     failed = resume.recorded_failures(store, own)
     parts = list(paths.parts(shard).glob("*.npz"))
     todo = [name for name, h in own.items() if name in again or (h not in places and name not in failed)]
+    workers = cluster.side_by_side(config.cluster, workers) if todo else 1
     tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
-    with _progress(len(lenses)) as advance:
-        advance(len(lenses) - len(todo))
-        for task, made, failures in _run(tasks, workers):
+    logs = paths.fit_logs / f"shard-{shard:04d}"
+    with progress(len(todo), kept=len(lenses) - len(todo)) as advance:
+        for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
+            _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
             parts += made
             failed = {name: why for name, why in failed.items() if name not in task.names} | failures
-            advance(len(task.names))
+            advance(len(task.names), len(failures))
     with artefact.alone(store):
         places = resume.located(paths, shard, own.values(), unreadable)
         reasons = {name: why for name, why in failed.items() if own[name] not in places}
@@ -171,51 +171,3 @@ def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers
     rays = shape[0] * shape[1] * config.lens.supersampling**2
     held = free_memory() / 2 / workers / (BYTES_PER_RAY * config.fit.chains * rays)
     return int(max(1, min(held, -(-lenses // workers), LARGEST_BATCH)))
-
-
-def _run(tasks: list[Task], workers: int, work: Callable[[Task], Result] | None = None) -> Iterator[Result]:
-    """Results of all tasks as they come. The lenses of a batch whose workers died are tried again, one by one."""
-    work = work or fit_task
-    if workers == 1 or len(tasks) < 2:
-        yield from map(work, tasks)
-        return
-    settings = {
-        "distributed.scheduler.allowed-failures": 2,
-        "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
-    }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=min(workers, len(tasks)), threads_per_worker=1, memory_limit=0, dashboard_address=":0"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.wait_for_workers(min(workers, len(tasks)))
-        futures = dict(zip(client.map(work, tasks, pure=False), tasks, strict=True))
-        waiting = as_completed(futures)
-        for future in waiting:
-            task, error = futures[future], future.exception()
-            if error is None:
-                yield future.result()
-            elif not isinstance(error, KilledWorker):
-                raise error
-            elif len(task.names) == 1:
-                yield (
-                    task,
-                    [],
-                    {task.names[0]: "every worker that fitted it died; it may need more memory than there is"},
-                )
-            else:
-                for alone in one_by_one(task):
-                    again = client.submit(work, alone, pure=False)
-                    futures[again] = alone
-                    waiting.add(again)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of lenses done, with the time spent and left; yields what to call with the number of lenses just done."""
-    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("fit", total=total)
-        yield lambda lenses: bar.advance(task, lenses)

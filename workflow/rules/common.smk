@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
 from lenspipe.catalogue.tables import count_shards
 from lenspipe.config import expand_path, load_config
 from lenspipe.errors import LenspipeError
+from lenspipe.running import note_run, refuse_second_run
 from snakemake.exceptions import WorkflowError
 
 shell.prefix(f'export PYTHONPATH="{workflow.basedir}:${{{{PYTHONPATH:-}}}}"; ')
@@ -15,8 +17,19 @@ shell.prefix(f'export PYTHONPATH="{workflow.basedir}:${{{{PYTHONPATH:-}}}}"; ')
 try:
     settings = load_config(dict(config))
     shards = [f"{number:04d}" for number in range(count_shards(settings))]
+    if workflow.is_main_process and not workflow.dryrun:
+        refuse_second_run(Path(workflow.overwrite_workdir or ".") / "results")
 except LenspipeError as error:
     raise WorkflowError(str(error))
+
+
+onstart:
+    note_run(Path("results"))
+
+
+# Where fits run is no parameter of theirs: written into the command by its global name, it reruns nothing when it changes.
+cluster_settings = settings.cluster.model_dump_json()
+fitted_elsewhere = settings.cluster.kind != "local"
 
 environment = f"{workflow.basedir}/envs/cpu.yaml"
 

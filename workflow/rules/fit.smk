@@ -16,13 +16,15 @@ rule fit:
         "results/logs/fit-{shard}.log",
     benchmark:
         "results/benchmarks/fit-{shard}.tsv"
+    localrule: fitted_elsewhere
     conda:
         environment
-    threads: 8
+    threads: 1 if fitted_elsewhere else 8
     resources:
         mem_mb=lambda wildcards, threads: 1000 + 1300 * threads,
         runtime=720,
     params:
         settings=sections("lens", "priors", "deflection_table", "fit"),
     shell:
-        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} --config {params.settings:q} > {log} 2>&1"
+        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} --cluster {cluster_settings:q} "
+        "--config {params.settings:q} > {log} 2>&1"

@@ -1,0 +1,178 @@
+"""A real SLURM on this machine, as `tests/cluster/slurm.sh up` starts it: `make test-slurm`.
+
+The workflow through its SLURM profile, Dask workers that are SLURM's jobs, a job that is cancelled and a node that is
+lost: every lens is there once, with the numbers of a run without SLURM.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from lenspipe.config import Cluster
+from lenspipe.errors import ClusterError
+from lenspipe.fit import cluster
+from tests.conftest import ROOT, TINY, environment
+from tests.fan_out_work import Batch, fitted, halves, slurm_job
+
+FITS = ("fit", "summary", "report")  # folders of the stages from the fits on
+NAME = "lenspipe-fit"  # of workers' jobs in the site's file
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def answers() -> bool:
+    """Whether the SLURM for tests is there; jobs of any other are left alone."""
+    try:
+        return re.search(r"^ClusterName += lenspipe$", slurm("scontrol", "show", "config"), re.MULTILINE) is not None
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(not answers(), reason="no SLURM for tests here; `make test-slurm` starts one"),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_queue() -> Iterator[None]:
+    """Every test ends with no job of its own left, and with all nodes there."""
+    yield
+    try:
+        until(lambda: not slurm("squeue", "--noheader", "--states=PENDING,RUNNING"), 30)
+    finally:
+        slurm("scancel", "--state=PENDING", "--user=root")
+        slurm("scancel", "--state=RUNNING", "--user=root")
+
+
+def until(true: Callable[[], object], seconds: float) -> object:
+    """What `true` returns as soon as it is true; fails when it does not become so."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Callable[..., Cluster]:
+    """Settings of workers from SLURM: those of the shipped file, with what a test changes."""
+    shipped = yaml.safe_load((ROOT / "workflow/profiles/slurm/dask.yaml").read_text())
+
+    def settings(jobs_max: int = 2, **changes: object) -> Cluster:
+        changes = {"log-directory": str(tmp_path / "workers"), "memory": "2GB"} | changes
+        path = tmp_path / "dask.yaml"
+        path.write_text(yaml.safe_dump(shipped | {"jobqueue": {"slurm": shipped["jobqueue"]["slurm"] | changes}}))
+        return Cluster(kind="slurm", site=str(path), jobs_max=jobs_max, retries=1)
+
+    return settings
+
+
+def before_the_fits(finished: Path, to: Path) -> Path:
+    """A copy of a run that has everything but its fits and what comes after."""
+    return Path(shutil.copytree(finished, to, ignore=shutil.ignore_patterns(*FITS, "logs")))
+
+
+def start(directory: Path, *arguments: str, config: Path = TINY) -> subprocess.Popen[str]:
+    """Begin the workflow in a folder; with the SLURM profile, but for the time between looks at its jobs."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(directory)]
+    command += ["--configfile", str(config), "--latency-wait", "20", *arguments]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), **output)  # type: ignore[call-overload]
+
+
+PROFILE = ("--profile", str(ROOT / "workflow/profiles/slurm"), "--slurm-init-seconds-before-status-checks", "1")
+
+
+def finished(process: subprocess.Popen[str], directory: Path) -> None:
+    """Wait for a run that must succeed."""
+    said, _ = process.communicate(timeout=1200)
+    logs = "".join(f"\n{path}:\n{path.read_text()}" for path in directory.rglob("results/logs/**/*.log"))
+    assert process.returncode == 0, said + logs
+
+
+def assert_same_numbers(run: Path, reference: Path) -> None:
+    """The summaries of two runs, but for the time that fits took."""
+    tables = [pd.read_csv(root / "results/summary/lenses.csv") for root in (run, reference)]
+    ours, theirs = (table.drop(columns=[c for c in table if c.startswith("seconds")]) for table in tables)
+    assert not ours["name"].duplicated().any()
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+
+
+@pytest.mark.parametrize("stages", ["fits", "all_stages"])
+def test_the_workflow_through_the_profile(stages: str, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if stages == "fits":
+        before_the_fits(tiny_run, run)
+    else:
+        run.mkdir()
+    process = start(run, *PROFILE)
+    finished(process, run)
+    assert_same_numbers(run, tiny_run)
+    log = (run / "results/logs/fit/shard-0000/0000.log").read_text()
+    assert re.search(r"begins on \S+, process \d+, SLURM job \d+", log)
+
+
+def test_workers_are_jobs_of_slurm(site: Callable[..., Cluster]) -> None:
+    """As many as there is work for, up to the greatest number; each lens comes once."""
+    tasks = [Batch((f"{number}a", f"{number}b")) for number in range(30)]
+    outcome = list(cluster.run(tasks, slurm_job, site(), halves, 2))
+    assert sorted(task.names for task, _, _ in outcome) == sorted(task.names for task in tasks)
+    jobs = {job for _, job, _ in outcome}
+    assert len(jobs) == 2
+    assert all(str(job).isdigit() for job in jobs)
+
+
+def test_a_job_that_slurm_refuses(site: Callable[..., Cluster]) -> None:
+    with pytest.raises(ClusterError, match=r"SLURM refuses a worker's job: .*invalid partition.*; mend \S+dask.yaml"):
+        list(cluster.run([Batch(("a",))], fitted, site(queue="nowhere"), halves, 2))
+
+
+def test_jobs_that_end_without_becoming_workers(site: Callable[..., Cluster], tmp_path: Path) -> None:
+    """As where the site's file loads a module that is not there: said once, and not submitted again for ever."""
+    with pytest.raises(ClusterError, match=rf"the SLURM jobs \d+ ended without .* output in {tmp_path}/workers"):
+        list(cluster.run([Batch(("a",))], fitted, site(**{"job-script-prologue": ["exit 1"]}), halves, 2))
+
+
+def test_a_worker_job_is_cancelled(site: Callable[..., Cluster], tiny_run: Path, tmp_path: Path) -> None:
+    """Its batch is fitted by another, which SLURM is asked for."""
+    run = before_the_fits(tiny_run, tmp_path / "run")
+    config = yaml.safe_load(TINY.read_text()) | {"cluster": site().model_dump(mode="json")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    process = start(run, "--cores", "2", config=tmp_path / "config.yaml")
+    log = run / "results/logs/fit/shard-0000/0000.log"
+    job = until(lambda: log.exists() and re.search(r"SLURM job (\d+)", log.read_text()), 300)
+    slurm("scancel", job[1])  # type: ignore[index]
+    finished(process, run)
+    assert log.read_text().count("begins") == 2, "the batch was cut off and fitted again"
+    assert_same_numbers(run, tiny_run)
+
+
+@pytest.fixture
+def repaired() -> Iterator[None]:
+    yield
+    slurm("scontrol", "update", "nodename=node[1-2]", "state=resume")
+
+
+def test_a_node_is_lost(tiny_run: Path, tmp_path: Path, repaired: None) -> None:
+    """SLURM gives up a node whose processes go on: the job begins again elsewhere, and two write the same results."""
+    run = before_the_fits(tiny_run, tmp_path / "run")
+    process = start(run, *PROFILE)
+    log = run / "results/logs/fit/shard-0000/0000.log"
+    job = until(lambda: log.exists() and re.search(r"SLURM job (\d+)", log.read_text()), 300)
+    node = slurm("squeue", "--noheader", f"--jobs={job[1]}", "--format=%N").strip()  # type: ignore[index]
+    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    finished(process, run)
+    assert_same_numbers(run, tiny_run)
