@@ -77,10 +77,10 @@ def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFram
     lenses = read_catalogue(paths.catalogue)
     known = lenses[[key for key in lenses if key.startswith("true_") or key in ("name", "origin", "snr")]]
     blocks = [block for group in groups(paths.fit) for block in group.blocks()]
-    if workers == 1:
+    if min(workers, len(blocks)) <= 1:
         rows = [block_rows(block, settings) for block in blocks]
     else:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn")) as pool:
             rows = list(pool.map(partial(block_rows, settings=settings), blocks))
     fitted = pd.concat([pd.DataFrame({"name": [], "status": [], "flags": []}, dtype=str), *rows], ignore_index=True)
     table = known.merge(fitted, "left", on="name", validate="one_to_one")
