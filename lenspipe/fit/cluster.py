@@ -7,6 +7,7 @@ halves a batch that keeps killing its workers until the guilty lens is alone. Ev
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -25,6 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import dask
 import yaml
 from dask.distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
+from dask.utils import parse_bytes
 from distributed.comm import CommClosedError
 from distributed.security import Security
 
@@ -232,6 +234,23 @@ def side_by_side(where: Cluster, workers: int | None = None) -> int:
             return max(1, sum(client.nthreads().values()))
     found = len(gpus())
     return min(found, workers or found) if found else workers or processors()
+
+
+def worker_memory(where: Cluster, workers: int) -> float:
+    """Bytes that one of the workers may use: of its GPU, its share of the machine or SLURM job, its own SLURM job."""
+    if where.kind == "slurm":
+        job = site_settings(where)["jobqueue"]["slurm"]
+        return parse_bytes(job["memory"]) / (job["processes"] or 1)
+    if where.kind == "address":
+        with connected(where, 1) as client:
+            found = client.scheduler_info(n_workers=-1)["workers"].values()
+        return min(((worker["memory_limit"] or math.inf) / worker["nthreads"] for worker in found), default=math.inf)
+    from lenspipe import memory  # here, as it loads PyTorch
+
+    if gpus():
+        return memory.free_memory()
+    given = os.environ.get("SLURM_MEM_PER_NODE")  # in MiB
+    return min(memory.free_memory(), int(given) * 2**20 if given else math.inf) / workers
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pytest
 from dask.distributed import Client, SpecCluster
 from rich.console import Console
 
+from lenspipe import memory
 from lenspipe.config import Cluster
 from lenspipe.errors import ClusterError, ConfigError, InputError
 from lenspipe.fit import cluster
@@ -133,6 +134,19 @@ def test_processors_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert cluster.side_by_side(Cluster()) == 3
     assert cluster.side_by_side(Cluster(kind="slurm", jobs_max=7), 2) == 7
+
+
+def test_memory_of_a_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its share of the machine or of the SLURM job, all that is free on its GPU, or what its own SLURM job has."""
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * 2**30)
+    assert cluster.worker_memory(Cluster(), 4) == 16 * 2**30
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "8192")
+    assert cluster.worker_memory(Cluster(), 4) == 2 * 2**30
+    monkeypatch.setattr(cluster, "gpus", lambda: ["0", "1"])
+    assert cluster.worker_memory(Cluster(), 2) == 64 * 2**30
+    (tmp_path / "site.yaml").write_text("jobqueue: {slurm: {cores: 2, processes: 2, memory: 4GiB}}\n")
+    assert cluster.worker_memory(Cluster(kind="slurm", site=str(tmp_path / "site.yaml")), 9) == 2 * 2**30
 
 
 @pytest.fixture
