@@ -152,9 +152,16 @@ def lost(client: Client, error: BaseException) -> ClusterError:
 
 
 def logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | None) -> Result:
-    """Do the work, with everything that `lenspipe` logs in the batch's own file: where, when, how long, what failed."""
-    if logs is None:
-        return work(attempt.task)
+    """Do the work, with everything that `lenspipe` logs in the batch's own file: where, when, how long, what failed.
+
+    Arrays that the work reads through Dask are read by itself. Else Dask would send pieces of them around as tasks, and
+    let the worker begin another batch beside the one that waits for them.
+    """
+    with dask.config.set(scheduler="synchronous"):
+        return work(attempt.task) if logs is None else _logged(attempt, work, logs)
+
+
+def _logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path) -> Result:
     began = time.perf_counter()
     with to_file(logs / f"{attempt.number}.log"):
         names = attempt.task.names
@@ -260,13 +267,12 @@ def connected(where: Cluster, workers: int) -> Iterator[Client]:
         with _client_of(where) as client:
             yield client
         return
-    site = site_settings(where) if where.kind == "slurm" else {}
     settings = {
         "distributed.scheduler.allowed-failures": where.retries,
         "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
-        **site,
     }
     with (
+        dask.config.set(site_settings(where) if where.kind == "slurm" else {}),
         dask.config.set(settings),
         slurm_cluster(where) if where.kind == "slurm" else local_cluster(workers) as cluster,
         Client(cluster) as client,

@@ -26,7 +26,18 @@ from lenspipe.fit.batch import fit_task
 from lenspipe.fit.progress import Tally, progress
 from lenspipe.results import Results
 from tests.conftest import ROOT
-from tests.fan_out_work import Batch, deadly, device, dies_once, fitted, halves, kill_and_wait, refuses, stumbles
+from tests.fan_out_work import (
+    Batch,
+    deadly,
+    device,
+    dies_once,
+    fitted,
+    halves,
+    kill_and_wait,
+    reads_through_dask,
+    refuses,
+    stumbles,
+)
 
 Outcome = dict[str, str]
 
@@ -102,6 +113,12 @@ def test_an_error_of_the_run_at_a_worker(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"catalogue.zarr: no such file"):
         outcome(batches("ab", "c"), refuses, Cluster(), logs=tmp_path)
     assert all(path.read_text().count("begins") == 1 for path in tmp_path.iterdir())
+
+
+def test_a_worker_has_one_batch_at_a_time() -> None:
+    """Also where the batch reads its data through Dask, which would let the worker begin another one."""
+    said = outcome(batches("a", "b", "c", "d", "e"), reads_through_dask, Cluster(), 2)
+    assert said == dict.fromkeys("abcde", "fitted alone")
 
 
 def test_names_of_gpus() -> None:
@@ -194,6 +211,8 @@ def test_the_job_that_slurm_gets() -> None:
     where = Cluster(kind="slurm")
     with dask.config.set(cluster.site_settings(where)), SLURMCluster() as slurm:
         script = slurm.job_script()
+        assert dask.config.get("distributed.scheduler.worker-ttl") == "5 minutes"
+        assert dask.config.get("distributed.scheduler.bandwidth") == 100_000_000  # Dask's own stay
     for line in ("-J lenspipe-fit", "-n 1", "--cpus-per-task=1", "--mem=3G", "-t 04:00:00"):
         assert f"#SBATCH {line}\n" in script, script
     command = script.splitlines()[-1]
