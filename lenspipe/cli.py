@@ -215,6 +215,20 @@ def fetch_galaxies(
     typer.echo(yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000), nl=False)
 
 
+@app.command("export-coolest")
+def export_coolest(
+    to: Annotated[Path, typer.Option(help="a zip to write, or a folder where it does not end in .zip")],
+    lens: Annotated[list[str] | None, typer.Option(help="name of a lens; again for others; all without it")] = None,
+    results: Folder = DEFAULT_RESULTS,
+) -> None:
+    """Write lens models with the statistics of their posteriors in the COOLEST standard."""
+    from lenspipe.coolest import export
+
+    with plain_errors():
+        count = export(Results(results), to, lens or [])
+    console.print(f"{escape(str(to))}: {count} lens{'' if count == 1 else 'es'}")
+
+
 @app.command()
 def show(path: Path) -> None:
     """Say what an artefact is: its stage, settings, versions and inputs."""

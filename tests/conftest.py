@@ -43,5 +43,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny preset; tests must not change it."""
     directory = tmp_path_factory.mktemp("tiny")
     done = snakemake(directory)
-    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in directory.glob("results/logs/*"))
+    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in directory.rglob("results/logs/**/*.log"))
     return directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -62,10 +63,13 @@ SOURCES = ("source_map", "source_mean", "source_sd")
 
 
 def write_store(
-    store: Path, groups: Mapping[str, Sequence[xr.Dataset]], failed: Mapping[str, str] | None = None
+    store: Path,
+    groups: Mapping[str, Sequence[xr.Dataset]],
+    failed: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """A shard's store and its manifest; failed: reasons of lenses without a posterior."""
-    write_shard(store, groups, {})
+    write_shard(store, groups, record or {})
     names = sorted(str(name) for parts in groups.values() for part in parts for name in part["name"].values)
     rows = [{"name": name, "status": "fitted", "reason": ""} for name in names]
     rows += [{"name": name, "status": "failed", "reason": reason} for name, reason in (failed or {}).items()]

@@ -104,16 +104,7 @@ def begun(
     chains = model.take(lenses.repeat_interleave(settings.chains))
     target, center = chains.value_and_gradient, found.w[lenses]
     if number == 0:
-        return Run(
-            target,
-            center,
-            found.hessian[lenses],
-            settings,
-            generators,
-            chains.hessian,
-            warmup=settings.warmup,
-            draws=settings.draws,
-        )
+        return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian)
     places = torch.cat([draws.w[:, :, -1] for draws in before])
     hessian = chains.hessian(places.flatten(0, 1)).unflatten(0, places.shape[:2]).mean(1)
     return Run(

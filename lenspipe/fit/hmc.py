@@ -92,7 +92,7 @@ class Metric:
 
 
 class Run:
-    """Chains of some lenses on their way: `warmup` draws that tune, then `draws` that are kept.
+    """Chains of some lenses: `warmup` draws that tune, then `draws` that are kept; the settings' where none are given.
 
     target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
     hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
@@ -109,14 +109,16 @@ class Run:
         generators: list[torch.Generator],
         curvature: Callable[[Tensor], Tensor] | None = None,
         *,
-        warmup: int,
-        draws: int,
+        warmup: int | None = None,
+        draws: int | None = None,
         begin: Tensor | None = None,
         step: Tensor | None = None,
     ):
         lenses, size = center.shape
         self.target, self.center, self.settings, self.generators = target, center, settings, generators
-        self.curvature, self.warmup, self.draws, self.iteration = curvature, warmup, draws, 0
+        self.curvature, self.iteration = curvature, 0
+        self.warmup = settings.warmup if warmup is None else warmup
+        self.draws = settings.draws if draws is None else draws
         self.hessian = hessian
         self.metric = Metric(target, center, hessian, settings.chains)
         if begin is None:
@@ -131,6 +133,12 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.iteration >= self.warmup + self.draws
+
+    def finish(self) -> Draws:
+        """All draws that are left to make; those kept."""
+        while not self.finished:
+            self.advance()
+        return self.result()
 
     def advance(self) -> None:
         """One draw of every chain."""
@@ -205,21 +213,6 @@ class Run:
         names = [name.removeprefix("kept.") for name in state if name.startswith("kept.")]
         number = len(state["kept.w"]) if names else 0
         self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]
-
-
-def sample(
-    target: Target,
-    center: Tensor,
-    hessian: Tensor,
-    settings: Fit,
-    generators: list[torch.Generator],
-    curvature: Callable[[Tensor], Tensor] | None = None,
-) -> Draws:
-    """Draw `settings.draws` from every chain after `settings.warmup`; see `Run`."""
-    run = Run(target, center, hessian, settings, generators, curvature, warmup=settings.warmup, draws=settings.draws)
-    while not run.finished:
-        run.advance()
-    return run.result()
 
 
 def leapfrog(

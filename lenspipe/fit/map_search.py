@@ -90,7 +90,7 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     middle = levels[min(1, len(levels) - 1)]
     settled = w.flatten(0, 1)
     for temperature in settings.settling_temperatures:
-        settled, value, _ = climb(middle.take(rows), settled, temperature, settings.steps_per_temperature)
+        settled, value, _ = climb(middle, settled, temperature, settings.steps_per_temperature, rows)
     w, value = settled.unflatten(0, (lenses, -1)), value.unflatten(0, (lenses, -1))
     return replace(finish(model, middle, w, value, settings), start_count=count)
 
@@ -113,7 +113,7 @@ def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) ->
         alive |= torch.arange(starts, device=w.device) % len(ladder) == rung
         lens, start = alive.nonzero(as_tuple=True)
         w[lens, start], value[lens, start], _ = climb(
-            sketch.take(lens), w[lens, start], temperature, settings.steps_per_temperature
+            sketch, w[lens, start], temperature, settings.steps_per_temperature, lens
         )
         kept = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : settings.scouts]
         alive, count = dropped(sketch, w, value, alive, kept, count)
@@ -184,8 +184,8 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     with_rival = rival.amax(1) >= value.amax(1) - settings.rival_gap
     lens = torch.cat([lenses, lenses[with_rival]])
     begun = torch.cat([w[lenses, first], w[lenses, second][with_rival]])
-    ended, reached, converged = climb(model.take(lens), begun, 1.0, settings.final_steps)
-    hessian = model.take(lens).hessian(ended)
+    ended, reached, converged = climb(model, begun, 1.0, settings.final_steps, lens)
+    hessian = model.hessian(ended, lens)
     place = torch.stack([lenses, lenses.clone()], 1)  # of the two basins among those climbed to
     place[with_rival, 1] = torch.arange(len(value), len(lens), device=w.device)
     same = (
@@ -231,8 +231,12 @@ def separation(model: LensModel, w: Tensor, centre: Tensor, sd: Tensor) -> Tenso
     return (offset.double().abs() / sd[:, None]).amax(-1)
 
 
-def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def climb(
+    model: LensModel, w: Tensor, temperature: float, steps: int, lenses: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """At most `steps` damped Gauss-Newton steps with the noise multiplied by `temperature`.
+
+    lenses: [n], the lens of the model that each row is of; none: one row a lens.
 
     Every row has its own damping. A step tries three dampings, by the log posterior alone, and takes the best; where
     none raises it the damping grows and the same derivatives serve again. Rows that have converged cost nothing more.
@@ -240,7 +244,8 @@ def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[
     """
     identity = torch.eye(model.size, dtype=torch.float64, device=w.device)
     w = w.clone()
-    value = model.log_density(w, temperature)
+    lenses = torch.arange(len(w), device=w.device) if lenses is None else lenses
+    value = model.log_density(w, temperature, lenses)
     gradient = torch.zeros(len(w), model.size, dtype=torch.float64, device=w.device)
     hessian = identity.repeat(len(w), 1, 1)
     damping = torch.full_like(value, 1e-2)
@@ -248,7 +253,7 @@ def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[
     for _ in range(steps):
         rows = (stale & active).nonzero()[:, 0]
         if len(rows):
-            _, d_chi2, hessian_chi2 = model.take(rows).normal_equations(w[rows])
+            _, d_chi2, hessian_chi2 = model.normal_equations(w[rows], lenses[rows])
             gradient[rows] = d_chi2 / temperature**2 + w[rows].double()
             hessian[rows] = hessian_chi2 / temperature**2 + identity
         rows = active.nonzero()[:, 0]
@@ -259,7 +264,8 @@ def climb(model: LensModel, w: Tensor, temperature: float, steps: int) -> tuple[
         damped = hessian[rows] + trials[..., None, None] * diagonal
         moves = torch.linalg.solve(damped, gradient[rows].expand(len(TRIALS), -1, -1))
         proposals = (w[rows].double() - moves).clamp(-FURTHEST, FURTHEST).to(w.dtype)
-        reached = model.take(rows.repeat(len(TRIALS))).log_density(proposals.flatten(0, 1), temperature)
+        tried = lenses[rows].repeat(len(TRIALS))
+        reached = model.log_density(proposals.flatten(0, 1), temperature, tried)
         best, which = reached.unflatten(0, (len(TRIALS), -1)).nan_to_num(nan=-torch.inf).max(0)
         better = best > value[rows]
         gain = torch.where(better, best - value[rows], torch.inf)

@@ -7,6 +7,7 @@ The log posterior is then -(|r(w)|^2 + |w|^2) / 2 up to a constant, with r the r
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -16,10 +17,31 @@ from torch import Tensor
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
 from lenspipe.image.source_plane import light_centre
+from lenspipe.image.window import extent, windows
 from lenspipe.prior_map import PriorMap
 from lenspipe.source.base import Source, pushed_forward
 
 CHUNK_ELEMENTS = 8_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images in windows of one size: at places [n] of a batch, with data and weight = 1 / noise [n, ny, nx].
+
+    dark: chi^2 [n] of the pixels outside, float64, where there is no light.
+    """
+
+    places: Tensor
+    simulator: Simulator
+    data: Tensor
+    weight: Tensor
+    dark: Tensor
+
+    def split(self, size: int) -> Iterator[Part]:
+        """Parts of at most `size` images."""
+        for rows in torch.arange(len(self.places), device=self.places.device).split(size):
+            fields = (field[rows] for field in (self.data, self.weight, self.dark))
+            yield Part(self.places[rows], self.simulator.take(rows), *fields)
 
 
 class LensModel:
@@ -32,6 +54,10 @@ class LensModel:
         self.weight = batch.usable / (batch.noise / unit)
         self.data = torch.where(batch.usable, self.data, 0.0)
         self.simulator = Simulator(optics, batch.psf, batch.pixel_scale, tuple(batch.image.shape[-2:]))  # type: ignore[arg-type]
+        self.blank = (self.data * self.weight).square().sum((-2, -1), dtype=torch.float64)  # chi^2 without light
+        self.reach = max(batch.psf.shape[-2:]) // 2
+        edges = (extent(batch.usable.amax(axis)) for axis in (2, 1))
+        self.seen = [(first - self.reach, end + self.reach) for first, end in edges]
 
     @property
     def size(self) -> int:
@@ -90,55 +116,78 @@ class LensModel:
         """(prediction - data) / noise: [lens, ny, nx]; zero where masked."""
         return (self.image(w) - self.data) * self.weight
 
-    def log_density(self, w: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log posterior [lens] without its constant, summed in float64; `temperature` multiplies the noise."""
-        chi2 = self.residuals(w).double().square().sum((-2, -1))
+    def log_density(self, w: Tensor, temperature: float = 1.0, rows: Tensor | None = None) -> Tensor:
+        """Log posterior [n] without its constant, summed in float64, of all lenses or of those at `rows` [n].
+
+        w: [n, size]; temperature: what the noise is multiplied by.
+        """
+        source, p = self.source(self.split(w)[1]), self.parameters(w)
+        chi2 = w.new_zeros(len(w), dtype=torch.float64)
+        for part in self.parts(p, source, rows):
+            image = part.simulator.image({name: value[part.places] for name, value in p.items()}, source[part.places])
+            residuals = (image - part.data) * part.weight
+            chi2 = chi2.index_add(0, part.places, part.dark + residuals.double().square().sum((-2, -1)))
         return -0.5 * (chi2 / temperature**2 + w.double().square().sum(-1))
 
     def value_and_gradient(self, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Log posterior [lens] and its gradient [lens, size], by reverse mode; of all lenses or of those at `rows`."""
-        model = self if rows is None else self.take(rows)
+        """Log posterior [n] and its gradient [n, size], by reverse mode, of all lenses or of those at `rows`."""
         w = w.detach().requires_grad_()
         with torch.enable_grad():
-            value = model.log_density(w)
+            value = self.log_density(w, rows=rows)
             (gradient,) = torch.autograd.grad(value.sum(), w)
         return value.detach(), gradient
 
     @torch.no_grad()
-    def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals [lens, pixel] and their Jacobian [lens, pixel, size].
+    def parts(self, p: Parameters, source: Tensor, rows: Tensor | None = None) -> Iterator[Part]:
+        """The images of parameters [n] and sources [n, 64, 64], of the lenses at `rows` [n], in their windows."""
+        rows = torch.arange(len(source), device=source.device) if rows is None else rows
+        p, source = {name: value.detach() for name, value in p.items()}, source.detach()
+        lit = self.simulator.lit(p, light_centre(source), rows)
+        seen = tuple((low[rows], high[rows]) for low, high in self.seen)
+        for places, window in windows(lit, self.simulator.shape, self.reach, seen):
+            lenses = rows[places]
+            data, weight = (window.cut(field, lenses) for field in (self.data, self.weight))
+            dark = self.blank[lenses] - (data * weight).square().sum((-2, -1), dtype=torch.float64)
+            yield Part(places, self.simulator.within(window, lenses), data, weight, dark)
+
+    @torch.no_grad()
+    def linearise(self, w: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        """Residuals [lens, pixel] and their Jacobian [lens, pixel, size], of whole frames or of the windows of a part.
 
         The chain rule through the source plane: forward mode through the lens for every named parameter, the
         derivative of the source along each ray, and, the image being linear in the source, one more rendered
         image for every latent, whose light also moves the source by as much as it moves the centre of its light.
         """
+        if part is None:
+            part = Part(torch.arange(len(w)), self.simulator, self.data, self.weight, torch.zeros(len(w)))
         named, latent = self.split(w)
         values, slopes = self.priors.linearise(named)
 
         source, d_source = self.source.linearise(latent)
         centre = light_centre(source)
         d_centre_u, d_centre_v = moved_centre(source, d_source)
+        simulator = part.simulator
 
         def geometry(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             p = self.physical(values)
-            return *self.simulator.source_points(p, centre), p["source_flux"][:, None, None]
+            return *simulator.source_points(p, centre), p["source_flux"][:, None, None]
 
         u, v, flux = geometry(values)
-        rays, along_u, along_v = self.simulator.brightness_gradient((u, v), source)
+        rays, along_u, along_v = simulator.brightness_gradient((u, v), source)
         du, dv, d_flux = pushed_forward(geometry, values)
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
-        of_latents = self.simulator.rays((u, v), d_source)
+        of_latents = simulator.rays((u, v), d_source)
         of_latents += along_u[:, None] * d_centre_u[..., None, None] + along_v[:, None] * d_centre_v[..., None, None]
         total = flux * rays
         if self.optics.light is not None:
 
             def light(values: Tensor) -> tuple[Tensor, ...]:
-                return (self.simulator.lens_light(self.physical(values)),)  # type: ignore[return-value]
+                return (simulator.lens_light(self.physical(values)),)  # type: ignore[return-value]
 
             total = total + light(values)[0]
             of_named = of_named + pushed_forward(light, values)[0]
         of_named *= slopes[..., None, None]
-        images = self.simulator.observe(torch.cat([total[:, None], of_named, flux[:, None] * of_latents], 1))
+        images = simulator.observe(torch.cat([total[:, None], of_named, flux[:, None] * of_latents], 1))
         if "background" in self.priors.priors:
 
             def background(values: Tensor) -> tuple[Tensor]:
@@ -146,32 +195,30 @@ class LensModel:
 
             images[:, 0] += background(values)[0][:, None, None]
             images[:, 1 : 1 + named.shape[1]] += (slopes * pushed_forward(background, values)[0])[..., None, None]
-        jacobian = images[:, 1:] * self.weight[:, None]
-        residuals = (images[:, 0] - self.data) * self.weight
+        jacobian = images[:, 1:] * part.weight[:, None]
+        residuals = (images[:, 0] - part.data) * part.weight
         return residuals.flatten(1), jacobian.flatten(2).transpose(1, 2)
 
-    def normal_equations(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """|r|^2 [lens], J^T r [lens, size] and J^T J [lens, size, size] in float64, a bounded piece at a time."""
-        pieces = []
-        for rows in self._pieces():
-            residuals, jacobian = self.take(rows).linearise(w[rows])
-            pieces.append(
-                (
-                    residuals.double().square().sum(-1),
-                    (jacobian.transpose(1, 2) @ residuals[..., None])[..., 0].double(),
-                    (jacobian.transpose(1, 2) @ jacobian).double(),
-                )
-            )
-        chi2, gradient, hessian = (torch.cat(part) for part in zip(*pieces, strict=True))
+    @torch.no_grad()
+    def normal_equations(self, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """|r|^2 [n], J^T r [n, size] and J^T J [n, size, size] in float64, of all lenses or those at `rows` [n].
+
+        A bounded piece at a time.
+        """
+        chi2 = w.new_zeros(len(w), dtype=torch.float64)
+        gradient, hessian = w.new_zeros(*w.shape, dtype=torch.float64), torch.diag_embed(torch.zeros_like(w).double())
+        for part in self.parts(self.parameters(w), self.source(self.split(w)[1]), rows):
+            per_lens = part.data[0].numel() * self.size
+            for piece in part.split(max(1, CHUNK_ELEMENTS // per_lens)):
+                residuals, jacobian = self.linearise(w[piece.places], piece)
+                chi2[piece.places] = piece.dark + residuals.double().square().sum(-1)
+                gradient[piece.places] = (jacobian.transpose(1, 2) @ residuals[..., None])[..., 0].double()
+                hessian[piece.places] = (jacobian.transpose(1, 2) @ jacobian).double()
         return chi2, gradient, hessian
 
-    def hessian(self, w: Tensor) -> Tensor:
-        """Gauss-Newton Hessian [lens, size, size] of minus the log posterior, float64, positive definite."""
-        return self.normal_equations(w)[2] + torch.eye(self.size, dtype=torch.float64, device=w.device)
-
-    def _pieces(self) -> Iterator[Tensor]:
-        per_lens = self.data[0].numel() * self.size
-        return iter(torch.arange(len(self.batch)).split(max(1, CHUNK_ELEMENTS // per_lens)))
+    def hessian(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Gauss-Newton Hessian [n, size, size] of minus the log posterior, float64, positive definite."""
+        return self.normal_equations(w, rows)[2] + torch.eye(self.size, dtype=torch.float64, device=w.device)
 
     def pyro_model(self) -> None:
         """The same model in Pyro, one plate of lenses: for reference inference and for tests of this class."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import scipy.fft
 import torch
@@ -36,10 +38,20 @@ class Convolution:
         self.shape, self.kernel = shape, kernel
         self.direct = max(ky, kx) <= DIRECT
         self.padded = tuple(scipy.fft.next_fast_len(n + k - 1, real=True) for n, k in zip(shape, (ky, kx), strict=True))
+
+    @cached_property
+    def transfer(self) -> Tensor:
+        """Fourier transform of the kernels, centred on the first pixel."""
+        ky, kx = self.kernel.shape[-2:]
+        centred = functional.pad(self.kernel, (0, self.padded[1] - kx, 0, self.padded[0] - ky))
+        return torch.fft.rfft2(torch.roll(centred, (-(ky // 2), -(kx // 2)), dims=(-2, -1)))
+
+    def take(self, rows: Tensor) -> Convolution:
+        """The convolution with the kernels at `rows` [n]; transforms are not made anew."""
+        taken = Convolution(self.kernel[rows], self.shape)
         if not self.direct:
-            centred = torch.nn.functional.pad(kernel, (0, self.padded[1] - kx, 0, self.padded[0] - ky))
-            centred = torch.roll(centred, (-(ky // 2), -(kx // 2)), dims=(-2, -1))
-            self.transfer = torch.fft.rfft2(centred)
+            taken.transfer = self.transfer[rows]
+        return taken
 
     def __call__(self, image: Tensor) -> Tensor:
         """Blur [lens, ..., ny, nx]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 from lenspipe.image.light import Light, linear_amplitudes
 from lenspipe.image.psf import Convolution
 from lenspipe.image.source_plane import light_centre, sample
+from lenspipe.image.window import SOURCE_EDGE, Window, block_middles, block_side, spread_bound
 from lenspipe.lens import multi_plane
 from lenspipe.lens.coordinates import axis_ratio, pixel_grid, theta_E_from_r_Ein
 from lenspipe.lens.parameters import MASS_PROFILES, ellipses
@@ -80,11 +81,71 @@ class Simulator:
     """
 
     def __init__(self, optics: Optics, psf: Tensor, pixel_scale: Tensor, shape: tuple[int, int]):
-        self.optics = optics
-        self.shape = shape
-        x, y = pixel_grid(*shape, optics.supersampling, dtype=psf.dtype)
-        self.x, self.y = (pixel_scale[:, None, None] * axis.to(psf.device) for axis in (x, y))
-        self.convolution = Convolution(psf, shape)
+        self.optics, self.shape = optics, shape
+        self.psf, self.pixel_scale = psf, pixel_scale
+        self._convolutions: dict[tuple[int, int], Convolution] = {}
+
+    @cached_property
+    def x(self) -> Tensor:
+        """x of the rays ["], [lens, ny s, nx s]."""
+        return self._grid(0)
+
+    @cached_property
+    def y(self) -> Tensor:
+        """y of the rays ["], [lens, ny s, nx s]."""
+        return self._grid(1)
+
+    @cached_property
+    def convolution(self) -> Convolution:
+        """With the PSF."""
+        return self._convolution(self.shape)
+
+    def _grid(self, axis: int) -> Tensor:
+        grid = pixel_grid(*self.shape, self.optics.supersampling, dtype=self.psf.dtype)[axis]
+        return self.pixel_scale[:, None, None] * grid.to(self.psf.device)
+
+    def _convolution(self, shape: tuple[int, int]) -> Convolution:
+        if shape not in self._convolutions:
+            self._convolutions[shape] = Convolution(self.psf, shape)
+        return self._convolutions[shape]
+
+    def within(self, window: Window, rows: Tensor) -> Simulator:
+        """The forward model of the windows [n] of the lenses at `rows` [n]; no light from outside is blurred in."""
+        part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], window.size)
+        s = self.optics.supersampling
+        y, x = (
+            self.pixel_scale[rows, None] * (first[:, None] + (torch.arange(s * size).to(self.psf) + 0.5) / s - side / 2)
+            for first, size, side in zip((window.row, window.column), window.size, self.shape, strict=True)
+        )
+        part.x, part.y = x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])
+        part.convolution = self._convolution(window.size).take(rows)
+        return part
+
+    def take(self, rows: Tensor) -> Simulator:
+        """The forward model of the lenses at `rows` [n]."""
+        part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], self.shape)
+        part.x, part.y, part.convolution = self.x[rows], self.y[rows], self.convolution.take(rows)
+        return part
+
+    def lit(self, p: Parameters, centre: Vector, rows: Tensor) -> Tensor:
+        """Which blocks of pixels the source may light up in the lenses at `rows` [n]: [n, by, bx]; see `window`.
+
+        centre: of the light of the source images, [n] each. All blocks, where there are other deflectors than the
+        elliptical power law and the shear, or other light than the source's.
+        """
+        x, y = (axis.to(self.psf) for axis in block_middles(self.shape))
+        optics = self.optics
+        if optics.components or optics.line_of_sight or optics.light or "background" in p:
+            return torch.ones(len(rows), *x.shape, dtype=torch.bool, device=self.psf.device)
+        scale, size = self.pixel_scale[rows, None], p["source_size"][:, None]
+        x, y = scale * x.flatten(), scale * y.flatten()
+        alpha_x, alpha_y = self.deflection_at(x, y, p)
+        spread = block_side(self.shape) / 2**0.5 * scale
+        distance = torch.hypot(x - p["center_x"][:, None], y - p["center_y"][:, None]) - spread
+        edge = size * SOURCE_EDGE + spread * spread_bound(p, distance)
+        beyond_x = (x - alpha_x - p["source_x"][:, None] + size * centre[0][:, None]).abs() > edge
+        beyond_y = (y - alpha_y - p["source_y"][:, None] + size * centre[1][:, None]).abs() > edge
+        return ~(beyond_x | beyond_y).unflatten(1, block_middles(self.shape)[0].shape)
 
     def deflection(self, p: Parameters) -> Vector:
         """Deflection ["] of the main lens, the shear (paper, eq. 10) and all others: two [lens, ny s, nx s].

@@ -25,6 +25,8 @@ NEWTON_STEPS = 8
 POINTS = 300  # of a critical curve, at least
 ON_CURVE = 1e-7  # greatest eigenvalue at a point of a critical curve
 SOLVED = 1e-9  # greatest distance ["] in the source plane between an image, traced back, and its source
+SHIFT = 1e-5  # step of finite differences ["]
+THERE = 1e-12  # distance ["] in the source plane at which Newton's method has found an image
 SAME = 1e-5  # images closer than this ["] are one
 
 
@@ -44,9 +46,9 @@ def jacobian(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
         return x - a, y - b
 
     x, y = x.contiguous(), y.contiguous()
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    along_x, along_y = (torch.func.jvp(trace, (x, y), way)[1] for way in ((one, zero), (zero, one)))
-    return along_x[0], along_y[0], along_x[1], along_y[1]
+    ways = torch.eye(2, dtype=x.dtype).reshape(2, 2, *[1] * x.dim()).expand(2, 2, *x.shape)
+    along = torch.func.vmap(lambda way: torch.func.jvp(trace, (x, y), (way[0], way[1]))[1])(ways)
+    return along[0][0], along[0][1], along[1][0], along[1][1]
 
 
 def magnification(deflection: Deflection, x: Tensor, y: Tensor) -> Tensor:
@@ -73,21 +75,29 @@ def critical_curves(deflection: Deflection, half_width: float, pixels: int = 400
     Newton's method. A curve that leaves the field or is smaller than a grid cell is not found; a lens of slope 2 or
     steeper has no radial one.
     """
+    fields = _eigenvalue_fields(deflection, half_width, pixels)
+    tangential, radial = (_curves(deflection, half_width, kind, fields[kind]) for kind in (0, 1))
+    return tangential, radial
+
+
+def _eigenvalue_fields(deflection: Deflection, half_width: float, pixels: int) -> tuple[Tensor, Tensor]:
     axis = torch.linspace(-half_width, half_width, pixels, dtype=torch.float64)
     y, x = torch.meshgrid(axis + 1e-9, axis + 1e-9, indexing="ij")
-    found: list[list[Curve]] = []
-    for kind, values in enumerate(eigenvalues(deflection, x, y)):
-        field = torch.nan_to_num(values, nan=-1e6, posinf=1e6, neginf=-1e6).clamp(-1e3, 1e3).numpy()
-        cell = 2 * half_width / (pixels - 1)
-        curves = []
-        for contour in find_contours(field, 0.0):
-            if len(contour) > 8 and np.array_equal(contour[0], contour[-1]):
-                rough = _denser(contour[:, ::-1]) * cell - half_width
-                refined = _onto_curve(deflection, kind, rough)
-                if refined is not None and np.abs(refined - rough).max() < cell:
-                    curves.append(refined)
-        found.append(sorted(curves, key=len, reverse=True))
-    return found[0], found[1]
+    return eigenvalues(deflection, x, y)
+
+
+def _curves(deflection: Deflection, half_width: float, kind: int, values: Tensor) -> list[Curve]:
+    """Closed curves on which an eigenvalue, with these values on the grid, is zero; longest first."""
+    field = torch.nan_to_num(values, nan=-1e6, posinf=1e6, neginf=-1e6).clamp(-1e3, 1e3).numpy()
+    cell = 2 * half_width / (len(field) - 1)
+    curves = []
+    for contour in find_contours(field, 0.0):
+        if len(contour) > 8 and np.array_equal(contour[0], contour[-1]):
+            rough = _denser(contour[:, ::-1]) * cell - half_width
+            refined = _onto_curve(deflection, kind, rough)
+            if refined is not None and np.abs(refined - rough).max() < cell:
+                curves.append(refined)
+    return sorted(curves, key=len, reverse=True)
 
 
 def _denser(points: Curve) -> Curve:
@@ -105,10 +115,12 @@ def _onto_curve(deflection: Deflection, kind: int, points: Curve) -> Curve | Non
         with torch.enable_grad():
             value = eigenvalues(deflection, x, y)[kind]
             gx, gy = torch.autograd.grad(value.sum(), (x, y))
-        step = value.detach() / (gx**2 + gy**2)
-        x, y = x.detach() - step * gx, y.detach() - step * gy
-    left = eigenvalues(deflection, x, y)[kind].abs().max()
-    return torch.stack([x, y], 1).numpy() if bool(left < ON_CURVE) else None
+        x, y, value = x.detach(), y.detach(), value.detach()
+        if bool(value.abs().max() < ON_CURVE):
+            return torch.stack([x, y], 1).numpy()
+        step = value / (gx**2 + gy**2)
+        x, y = x - step * gx, y - step * gy
+    return None
 
 
 def traced(deflection: Deflection, curve: Curve) -> Curve:
@@ -126,7 +138,7 @@ def enclosed_area(curve: Curve) -> float:
 
 def einstein_radius(deflection: Deflection, half_width: float, pixels: int = 400) -> float:
     """Radius ["] of the circle with the area of the largest tangential critical curve; NaN where there is none."""
-    tangential, _ = critical_curves(deflection, half_width, pixels)
+    tangential = _curves(deflection, half_width, 0, _eigenvalue_fields(deflection, half_width, pixels)[0])
     return float(np.sqrt(max(map(enclosed_area, tangential)) / np.pi)) if tangential else float("nan")
 
 
@@ -148,13 +160,14 @@ def image_positions(
     starts = np.stack([axis[columns], axis[rows]], 1) + cell / 2
     x, y = (torch.from_numpy(starts[:, i].copy()) for i in (0, 1))
     for _ in range(4 * NEWTON_STEPS):
-        xx, xy, yx, yy = jacobian(deflection, x, y)
-        a, b = deflection(x, y)
-        u, v = x - a - source[0], y - b - source[1]
+        u, v, xx, xy, yx, yy = _by_differences(deflection, x, y)
+        u, v = u - source[0], v - source[1]
         determinant = xx * yy - xy * yx
         dx, dy = (yy * u - xy * v) / determinant, (xx * v - yx * u) / determinant
         shrink = (cell / torch.hypot(dx, dy).clamp(min=1e-300)).clamp(max=1.0)
         x, y = x - shrink * dx, y - shrink * dy
+        if not bool((torch.hypot(u, v) > THERE).any()):
+            break
     ends = torch.stack([x, y], 1).numpy()
     good = np.hypot(*(traced(deflection, ends) - np.asarray(source)).T) < SOLVED
     good &= np.abs(ends).max(1) <= half_width + cell
@@ -166,6 +179,17 @@ def image_positions(
     strength = magnification(deflection, *(torch.from_numpy(positions[:, i].copy()) for i in (0, 1))).numpy()
     order = np.argsort(-np.abs(strength))
     return Images(positions[order], strength[order])
+
+
+def _by_differences(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Source positions and entries xx, xy, yx, yy of the Jacobian, near enough for Newton's method and cheap."""
+    right = torch.tensor([0.0, SHIFT, -SHIFT, 0.0, 0.0], dtype=x.dtype)[:, None]
+    up = torch.tensor([0.0, 0.0, 0.0, SHIFT, -SHIFT], dtype=x.dtype)[:, None]
+    at_x, at_y = x + right, y + up
+    a, b = deflection(at_x.flatten(), at_y.flatten())
+    u, v = at_x - a.reshape(at_x.shape), at_y - b.reshape(at_y.shape)
+    slopes = [(s[i] - s[i + 1]) / (2 * SHIFT) for s, i in ((u, 1), (u, 3), (v, 1), (v, 3))]
+    return u[0], v[0], *slopes
 
 
 def _holds_origin(a: NDArray, b: NDArray, c: NDArray) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lenspipe.errors import InputError
 from lenspipe.posteriors.arviz import tree
-from lenspipe.posteriors.rows import read_rows
+from lenspipe.posteriors.rows import listed, read_rows
 from lenspipe.posteriors.shards import Group, find_lens, groups
 from lenspipe.results import Results
 
@@ -46,17 +46,26 @@ def posterior(fit: str | Path, name: str) -> xr.DataTree:
     Raises InputError where the lens is not among the posteriors, with its reason where it failed.
     """
     group = find_lens(Path(fit), name)
-    return tree(group.read().isel(lens=0), _observed(Path(fit), group.path.name, name))
+    try:
+        image = observed(Path(fit), group.path.name, [name]).isel(lens=0)
+    except InputError:
+        image = None
+    return tree(group.read().isel(lens=0), image)
 
 
-def _observed(fit: Path, bucket: str, name: str) -> xr.Dataset | None:
-    """The lens as it is in the catalogue beside the fit; None where there is none or it has other lenses."""
+def observed(fit: Path, bucket: str, names: Sequence[str]) -> xr.Dataset:
+    """Lenses as they are in the catalogue beside the folder of the stage fit.
+
+    Raises InputError where there is no catalogue or it has other lenses.
+    """
     catalogue = Results(fit.parent).catalogue
     if not (catalogue / bucket).is_dir():
-        return None
+        raise InputError(f"{catalogue}: no images of {bucket} here; keep the catalogue beside the folder of the fits")
     lenses = xr.open_zarr(catalogue, group=bucket, consolidated=False)
-    names = lenses["name"].to_numpy().tolist()
-    return lenses.drop_vars("name").isel(lens=names.index(name)).load() if name in names else None
+    places = {name: row for row, name in enumerate(lenses["name"].to_numpy().tolist())}
+    if absent := [name for name in names if name not in places]:
+        raise InputError(f"{catalogue}: {listed(absent)} not in it; it is not the one that was fitted")
+    return lenses.drop_vars("name").isel(lens=[places[name] for name in names]).load()
 
 
 def _lazy(blocks: Sequence[Group], variable: str, like: xr.DataArray) -> da.Array:

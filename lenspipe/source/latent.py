@@ -55,7 +55,9 @@ class FlowLatent(nn.Module):
             )
 
     def forward(self, w: Tensor) -> Tensor:
-        return self.gaussian(self.flow().transform.inv(w))
+        for layer in reversed(self.flow.transform.transforms):
+            w = uncoupled(layer, w)
+        return self.gaussian(w)
 
     def normal(self, z: Tensor) -> Tensor:
         """The w of z."""
@@ -64,6 +66,22 @@ class FlowLatent(nn.Module):
     def log_density(self, z: Tensor) -> Tensor:
         """log p(z) [n]."""
         return self.flow().log_prob(self.gaussian.normal(z)) - self.gaussian.scale.diagonal().log().sum()
+
+
+def uncoupled(layer: zuko.flows.MaskedAutoregressiveTransform, y: Tensor) -> Tensor:
+    """The x [n, latents] that a coupling layer takes to y: what zuko's inverse gives, with half of its work.
+
+    The shift and scale of the features that come first depend on nothing, those of the others on the first ones.
+    """
+    nothing = y.new_zeros(1, y.shape[-1])
+    first = torch.where(layer.order == 0, unscaled(layer, nothing, y), 0.0)
+    return unscaled(layer, first, y)
+
+
+def unscaled(layer: zuko.flows.MaskedAutoregressiveTransform, x: Tensor, y: Tensor) -> Tensor:
+    """y without the shift and the scale that a coupling layer finds at x."""
+    shift, scale = layer.hyper(x).unflatten(-1, (-1, 2)).unbind(-1)
+    return zuko.transforms.MonotonicAffineTransform(shift, scale).inv(y)
 
 
 def standard_normal(w: Tensor) -> Tensor:

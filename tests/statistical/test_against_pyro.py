@@ -84,7 +84,7 @@ def ours(residuals: Residuals, widened: float = 1.0) -> Tensor:
     settings = Fit(chains=8, warmup=200, draws=1500)
     bent = curvature(residuals)
     generator = torch.Generator().manual_seed(3)
-    return hmc.sample(target(residuals, widened), mode, bent(mode), settings, [generator], bent).w[0]
+    return hmc.Run(target(residuals, widened), mode, bent(mode), settings, [generator], bent).finish().w[0]
 
 
 def nuts(residuals: Residuals, chains: int, draws: int) -> Tensor:
@@ -125,7 +125,8 @@ def test_sampler_agrees_with_nuts_on_a_lens() -> None:
     chains = model.take(torch.zeros(4, dtype=torch.long))
     generator = torch.Generator().manual_seed(1)
     hessian = model.hessian(center)
-    drawn = hmc.sample(chains.value_and_gradient, center, hessian, settings, [generator], chains.hessian)
+    run = hmc.Run(chains.value_and_gradient, center, hessian, settings, [generator], chains.hessian)
+    drawn = run.finish()
     short = settings.model_copy(update={"chains": 2, "warmup": 60, "draws": 250})
     theirs = reference.pyro_mcmc(model, center, short, [torch.Generator().manual_seed(2)], "nuts")
     assert disagreement(drawn.w[0], theirs.w[0]) < LIMIT
@@ -147,13 +148,13 @@ def test_draws_of_an_asymmetric_density_have_its_distribution(accepts_all: bool)
     """
     calls = iter(range(10**9))
     settings = Fit(chains=8, warmup=100, draws=2500)
-    drawn = hmc.sample(
+    drawn = hmc.Run(
         lambda w: gumbel(w, lambda: 1e4 * next(calls) if accepts_all else 0.0),
         torch.zeros(1, 1, dtype=torch.float64),
         torch.full((1, 1, 1), 9.0 if accepts_all else 1.0, dtype=torch.float64),
         settings,
         [torch.Generator().manual_seed(6)],
-    )
+    ).finish()
     x = drawn.w[0, :, ::10, 0].flatten().numpy()
     assert np.isfinite(x).all()
     p = stats.kstest(x, "gumbel_r").pvalue

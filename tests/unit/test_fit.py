@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from lenspipe.fit.model import LensModel
 from lenspipe.fit.parts import read_part
 from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution, gaussian_kernel
-from lenspipe.image.simulator import LineOfSight, Optics, canonical
+from lenspipe.image.simulator import LineOfSight, Optics, Simulator, canonical
+from lenspipe.image.source_plane import light_centre
+from lenspipe.image.window import STEP, Window, windows
 from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import build_table
 from lenspipe.prior_expression import parse_prior
@@ -31,6 +34,7 @@ from lenspipe.results import Results
 from lenspipe.source.base import Source
 
 NOISE = 0.05
+TABLE = build_table(65, (16, 0.1), (10, 1.1, 2.9))
 HALO = {
     "halo_Rs": "0.3",
     "halo_r_trunc": "1",
@@ -135,7 +139,7 @@ WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x
 @pytest.mark.parametrize(
     ("optics", "further"),
     [
-        (Optics(build_table(65, (16, 0.1), (10, 1.1, 2.9)), supersampling=2), {}),
+        (Optics(TABLE, supersampling=2), {}),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | {"background": "Normal(0, 0.1)"}),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | WITH_THE_MASS | {"gamma2": "Laplace(0, 0.05)"}),
         (
@@ -205,6 +209,87 @@ def test_masked_pixels_do_not_count(model: tuple[LensModel, Tensor]) -> None:
     image[1, :4] = 1e6
     changed = LensModel(replace(lens_model.batch, image=image), lens_model.priors, lens_model.source, lens_model.optics)
     torch.testing.assert_close(changed.log_density(truth), lens_model.log_density(truth))
+
+
+def with_round_mask(model: LensModel, share: float, side: int = 64) -> LensModel:
+    """The lenses in a frame twice as wide, the last one with all masked but a disc of `share` of half the side."""
+    batch = model.batch
+    axis = (torch.arange(side) - (side - 1) / 2) / (side / 2)
+    usable = torch.ones(len(batch), side, side, dtype=torch.bool)
+    usable[-1] = (axis - 0.2).square() + axis[:, None].square() < share**2
+    blank = torch.zeros(len(batch), side, side).double()
+    scale = 2 * batch.pixel_scale * batch.image.shape[-1] / side
+    finer = replace(batch, image=blank, noise=blank + NOISE, usable=usable, pixel_scale=scale)
+    empty = LensModel(finer, model.priors, model.source, Optics(TABLE))
+    generator = torch.Generator().manual_seed(7)
+    w = 0.5 * torch.randn(len(batch), empty.size, generator=generator, dtype=torch.float64)
+    image = empty.image(w) + NOISE * torch.randn(blank.shape, generator=generator, dtype=torch.float64)
+    image = torch.where(usable, image, 1e3) * batch.flux_unit[:, None, None]
+    return LensModel(replace(finer, image=image), model.priors, model.source, Optics(TABLE))
+
+
+def on_the_whole_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No image is computed in a window."""
+
+    def whole(_: object, frame: tuple[int, int], *__: object) -> Iterator[tuple[Tensor, Window]]:
+        corner = torch.zeros(len(_), dtype=torch.long)  # type: ignore[arg-type]
+        yield torch.arange(len(corner)), Window(corner, corner, frame)
+
+    monkeypatch.setattr("lenspipe.fit.model.windows", whole)
+
+
+def test_pixels_that_are_masked_or_dark_are_left_out(
+    model: tuple[LensModel, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Density, gradient, Gauss-Newton equations and the maximum are those of the whole frame, to rounding."""
+    masked = with_round_mask(model[0], 0.3)
+    w = 0.4 * torch.randn(3, masked.size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+    def seen() -> list[Tensor]:
+        climbed = map_search.climb(masked, w, 3.0, 3)[:2]
+        return [masked.log_density(w), *masked.value_and_gradient(w), *masked.normal_equations(w), *climbed]
+
+    parts = list(masked.parts(masked.parameters(w), masked.source(masked.split(w)[1])))
+    sizes = {int(place): part.simulator.shape for part in parts for place in part.places}
+    assert max(sizes[2]) <= 0.3 * 64 + 2 * masked.reach + STEP
+    assert any(max(sizes[lens]) < 64 for lens in (0, 1))
+    in_windows = seen()
+    chi2 = masked.residuals(w).square().sum((1, 2))
+    torch.testing.assert_close(in_windows[0], -0.5 * (chi2 + w.square().sum(1)), rtol=1e-12, atol=0)
+    on_the_whole_frame(monkeypatch)
+    for windowed, whole in zip(in_windows, seen(), strict=True):
+        torch.testing.assert_close(windowed, whole, rtol=1e-9, atol=1e-9 * float(whole.abs().max()))
+
+
+def test_no_light_is_outside_of_a_window() -> None:
+    """For lenses and sources of all shapes, sizes and places, four rays a pixel and a wide PSF."""
+    lenses, side = 200, 48
+    generator = torch.Generator().manual_seed(6)
+
+    def within(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(lenses, generator=generator, dtype=torch.float64)
+
+    p = {"theta_E": within(0.2, 3), "gamma": within(1.15, 2.85), "q": within(0.15, 1), "phi": within(-1.6, 1.6)}
+    p |= {name: within(-0.3, 0.3) for name in ("center_x", "center_y", "gamma1", "gamma2", "source_x", "source_y")}
+    p |= {"source_size": within(0.05, 3), "source_flux": within(1, 1)}
+    psf = torch.rand(lenses, 9, 9, generator=generator, dtype=torch.float64)
+    psf = psf / psf.sum((1, 2), keepdim=True)
+    simulator = Simulator(Optics(TABLE, supersampling=2), psf, within(0.2, 0.4), (side, side + 8))
+    source = torch.rand(lenses, 64, 64, generator=generator, dtype=torch.float64)
+    image = simulator.image(p, source)
+    left = image.clone()
+    everywhere = tuple((torch.full((lenses,), -4), torch.full((lenses,), n + 4)) for n in (side, side + 8))
+    rows = torch.arange(lenses)
+    area = 0
+    for places, window in windows(simulator.lit(p, light_centre(source), rows), simulator.shape, 4, everywhere):
+        part = simulator.within(window, places)
+        own = part.image({name: value[places] for name, value in p.items()}, source[places])
+        torch.testing.assert_close(own, window.cut(image, places))
+        up, across = (torch.arange(n) for n in window.size)
+        left[places[:, None, None], window.row[:, None, None] + up[:, None], window.column[:, None, None] + across] = 0
+        area += len(places) * window.size[0] * window.size[1]
+    assert float(left.abs().max()) < 1e-12
+    assert area < 0.75 * image.numel()
 
 
 def test_wide_pixels_blur_as_narrow_ones_do(model: tuple[LensModel, Tensor]) -> None:
@@ -331,7 +416,8 @@ def test_sampler_draws_a_gaussian_it_was_given_the_wrong_metric_for(correlated: 
     center = torch.zeros(2, 3, dtype=torch.float64)
     generators = [torch.Generator().manual_seed(i) for i in (1, 2)]
     target = gaussian_target(precision, mean)
-    draws = hmc.sample(target, center, 2 * torch.eye(3).double().expand(2, -1, -1), settings, generators)
+    run = hmc.Run(target, center, 2 * torch.eye(3).double().expand(2, -1, -1), settings, generators)
+    draws = run.finish()
     covariance = np.linalg.inv(precision.numpy())
     for lens in range(2):
         w = draws.w[lens].flatten(0, 1).numpy()
@@ -391,8 +477,8 @@ def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) ->
         chains = lens_model.take(chosen.repeat_interleave(2))
         center, hessian = truth[chosen], lens_model.take(chosen).hessian(truth[chosen])
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        drawn = hmc.sample(chains.value_and_gradient, center, hessian, settings, generators, chains.hessian)
-        return found.w, drawn.w
+        run = hmc.Run(chains.value_and_gradient, center, hessian, settings, generators, chains.hessian)
+        return found.w, run.finish().w
 
     alone = fit([1])
     for rows in ([2, 0, 1], [0, 2, 2, 1, 0, 0, 2, 0], [0, 2] * 31 + [1, 0]):
