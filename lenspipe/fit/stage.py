@@ -22,7 +22,6 @@ from lenspipe.fit import cluster, resume
 from lenspipe.fit.batch import Task, fit_task, halves
 from lenspipe.fit.progress import progress
 from lenspipe.fit.resume import Place
-from lenspipe.memory import free_memory
 from lenspipe.posteriors.writing import write_shard
 from lenspipe.results import Results
 
@@ -167,7 +166,7 @@ def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: C
 
 
 def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers: int) -> int:
-    """How many lenses of images of this shape to fit together: an even share for each worker, half the free memory."""
+    """How many lenses of images of this shape to fit together: an even share for each worker, half its memory."""
     rays = shape[0] * shape[1] * config.lens.supersampling**2
-    held = free_memory() / 2 / workers / (BYTES_PER_RAY * config.fit.chains * rays)
+    held = cluster.worker_memory(config.cluster, workers) / 2 / (BYTES_PER_RAY * config.fit.chains * rays)
     return int(max(1, min(held, -(-lenses // workers), LARGEST_BATCH)))
