@@ -182,6 +182,7 @@ def test_the_disk_is_full(small_disk: Path, paths: Results, undisturbed: xr.Data
     xr.testing.assert_identical(stored(paths), undisturbed)
 
 
+@pytest.mark.filterwarnings("ignore:File may have been truncated")
 def test_a_truncated_image_among_fifty(ready: Results, undisturbed: xr.Dataset, tmp_path: Path) -> None:
     """It is a row with its reason; the others are fitted, those of the undisturbed run with the same numbers."""
     config = load_config(yaml.safe_load(SETTINGS))
