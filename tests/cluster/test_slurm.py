@@ -167,7 +167,7 @@ def repaired() -> Iterator[None]:
 
 
 def test_a_node_is_lost(tiny_run: Path, tmp_path: Path, repaired: None) -> None:
-    """SLURM gives up a node whose processes go on: the job begins again elsewhere, and two write the same results."""
+    """SLURM queues the job again, after two minutes; the batches that were done before are not fitted again."""
     run = before_the_fits(tiny_run, tmp_path / "run")
     process = start(run, *PROFILE, SUMMARY)
     log = run / "results/logs/fit/shard-0000/0000.log"
