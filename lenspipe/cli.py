@@ -176,12 +176,16 @@ def refit(
 
 
 @app.command()
-def summary(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+def summary(
+    config: Settings = DEFAULT_CONFIG,
+    results: Folder = DEFAULT_RESULTS,
+    workers: Annotated[int, typer.Option(min=1, help="processes that work on lenses side by side")] = 1,
+) -> None:
     """Summarise the posteriors: one row a lens, with flags."""
     from lenspipe.summary import write_summary
 
     with plain_errors():
-        write_summary(load_config(config).summary, Results(results))
+        write_summary(load_config(config).summary, Results(results), workers)
 
 
 @app.command()

@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("plot", type=Path)
+    parser.add_argument("--searched", type=int, default=4, help="lenses of the largest batch that is searched")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -155,7 +156,7 @@ def main() -> None:
     for pixels, batch in CASES:
         model, truth = mocks(Results(options.results), range(batch), NOISE, pixels)
         row = {"pixels": pixels, "batch": batch, "unknowns": model.size} | costs(model, truth)
-        note(row | searched(model) if batch < 16 or pixels == 64 else row)
+        note(row | searched(model) if batch <= options.searched else row)
     model, truth = mocks(Results(options.results), range(1), NOISE, 256)
     few = LensModel(model.batch, model.priors, FewLatents(model.source, 16), model.optics)
     note({"pixels": 256, "batch": 1, "unknowns": few.size} | costs(few, truth[:, : few.size]))

@@ -74,16 +74,16 @@ def lens_batch() -> LensBatch:
 
 @pytest.fixture(scope="module")
 def model() -> tuple[LensModel, Tensor]:
-    """Three small lenses drawn from the model, in float64, and their true unknowns."""
+    """Three small lenses drawn from the model, in float64, and their true unknowns; deflections by a table."""
     generator = torch.Generator().manual_seed(5)
     source = Blobs()
     batch = lens_batch()
     priors = PriorMap(Config().priors.expressions())
-    blank = LensModel(batch, priors, source, Optics())
+    blank = LensModel(batch, priors, source, Optics(TABLE))
     truth = 0.5 * torch.randn(len(batch), blank.size, generator=generator, dtype=torch.float64)
     noise = NOISE * torch.randn(batch.image.shape, generator=generator, dtype=torch.float64)
     image = blank.image(truth) * batch.flux_unit[:, None, None] + noise
-    return LensModel(replace(batch, image=image), priors, source, Optics()), truth
+    return LensModel(replace(batch, image=image), priors, source, Optics(TABLE)), truth
 
 
 def test_log_density_equals_pyros(model: tuple[LensModel, Tensor]) -> None:
@@ -100,13 +100,26 @@ def test_log_density_equals_pyros(model: tuple[LensModel, Tensor]) -> None:
     pyro.clear_param_store()
 
 
+def check_jacobian(model: LensModel, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Residuals and Jacobian of a model, both compared with its own; a Jacobian by its products with random vectors.
+
+    A wrong entry anywhere changes all of the products, each of which is one reverse pass.
+    """
+    residuals, jacobian = model.linearise(w)
+    w = w.clone().requires_grad_()
+    own = model.residuals(w).flatten(1)
+    torch.testing.assert_close(residuals, own.detach())
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        vector = torch.randn(own.shape, generator=generator, dtype=own.dtype)
+        (product,) = torch.autograd.grad(own, w, vector, retain_graph=True)
+        found = (jacobian.transpose(1, 2) @ vector[..., None])[..., 0]
+        torch.testing.assert_close(found, product, rtol=1e-8, atol=1e-8 * float(product.abs().max()))
+    return residuals, jacobian
+
+
 def test_jacobian_equals_autograd(model: tuple[LensModel, Tensor]) -> None:
-    lens_model, truth = model
-    residuals, jacobian = lens_model.linearise(truth)
-    full = torch.autograd.functional.jacobian(lambda w: lens_model.residuals(w).flatten(1), truth)
-    for lens in range(3):
-        torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(residuals, lens_model.residuals(truth).flatten(1))
+    check_jacobian(*model)
 
 
 def test_components_are_part_of_the_model(model: tuple[LensModel, Tensor]) -> None:
@@ -120,10 +133,7 @@ def test_components_are_part_of_the_model(model: tuple[LensModel, Tensor]) -> No
     named, latent = lens_model.split(truth)
     w[:, : named.shape[1]], w[:, -latent.shape[1] :] = named, latent
     assert wider.priors.free[-1] == "halo_alpha_Rs"
-    residuals, jacobian = wider.linearise(w)
-    full = torch.autograd.functional.jacobian(lambda w: wider.residuals(w).flatten(1), w)
-    for lens in range(3):
-        torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-7, atol=1e-7)
+    residuals, _ = check_jacobian(wider, w)
     assert float((residuals - lens_model.residuals(truth).flatten(1)).abs().max()) > 0.1
     massless = PriorMap(priors.priors | {"halo_alpha_Rs": parse_prior(0.0)})
     same = LensModel(lens_model.batch, massless, lens_model.source, optics)
@@ -161,11 +171,7 @@ def test_every_part_of_the_forward_model_has_its_derivatives(
     own = {name: parse_prior(text) for name, text in further.items()}
     wider = LensModel(model[0].batch, PriorMap(Config().priors.expressions() | own), model[0].source, optics)
     w = 0.4 * torch.randn(3, wider.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    residuals, jacobian = wider.linearise(w)
-    full = torch.autograd.functional.jacobian(lambda w: wider.residuals(w).flatten(1), w)
-    for lens in range(3):
-        torch.testing.assert_close(jacobian[lens], full[lens, :, lens], rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(residuals, wider.residuals(w).flatten(1))
+    _, jacobian = check_jacobian(wider, w)
     moved = [name for name in further if name in wider.priors.free]
     columns = [wider.priors.free.index(name) for name in moved]
     assert bool((jacobian[0, :, columns].abs().amax(0) > 1e-3).all())
@@ -307,7 +313,7 @@ def test_wide_pixels_blur_as_narrow_ones_do(model: tuple[LensModel, Tensor]) -> 
 
 def test_magnification_and_images(model: tuple[LensModel, Tensor]) -> None:
     """Without a lens the source is seen once and not magnified; with one, the critical curve has the radius theta_E."""
-    lens_model = model[0]
+    lens_model = model[0].take(torch.tensor([0, 2]))
     flat = {"theta_E": "1e-4", "gamma": "2", "e1": "0", "e2": "0", "gamma1": "0", "gamma2": "0"}
     flat |= {"source_size": "2.0", "center_x": "0.3", "center_y": "0.3"}
 
@@ -316,16 +322,16 @@ def test_magnification_and_images(model: tuple[LensModel, Tensor]) -> None:
         return LensModel(lens_model.batch, PriorMap(priors), lens_model.source, lens_model.optics)
 
     nothing = fixed(flat)
-    w = torch.zeros(3, nothing.size, dtype=torch.float64)
+    w = torch.zeros(2, nothing.size, dtype=torch.float64)
     total, lensed = derived.source_fluxes(nothing, w)
     torch.testing.assert_close(lensed, total, rtol=0.01, atol=0)
-    assert derived.geometry(nothing, w)["images"].tolist() == [1, 1, 1]
+    assert derived.geometry(nothing, w)["images"].tolist() == [1, 1]
     lens = fixed(flat | {"theta_E": "1.1", "e1": "0.1", "center_x": "0", "center_y": "0", "source_size": "1.0"})
     total, lensed = derived.source_fluxes(lens, w)
     assert bool((lensed > 5 * total).all())
     found = derived.geometry(lens, w)
     np.testing.assert_allclose(found["einstein_radius"], 1.1, rtol=1e-3)
-    assert found["images"].tolist() == [4, 4, 4]
+    assert found["images"].tolist() == [4, 4]
 
 
 def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
