@@ -24,11 +24,7 @@ SLURM_TESTS ?= test
 test-slurm: .venv/installed
 	@if tests/cluster/slurm.sh up; then \
 	  eval "$$(tests/cluster/slurm.sh env)"; \
-<<<<<<< HEAD
 	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster/test_slurm.py -k "$(SLURM_TESTS)"; status=$$?; \
-=======
-	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster/test_slurm.py -m cluster -k "$(SLURM_TESTS)"; status=$$?; \
->>>>>>> h1
 	  tests/cluster/slurm.sh down; exit $$status; \
 	else echo "make test-slurm: no SLURM here (see above); its tests were not run"; fi
 
