@@ -129,7 +129,7 @@ def _write_shard(
 ) -> None:
     """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone.
 
-    failed: hash and reason of the lenses that would fail again; not those whose workers died, which a machine may cause.
+    failed: hash and reason of the lenses that would fail again; not those whose workers died, a machine may cause that.
     """
     store = paths.store(shard)
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
