@@ -244,7 +244,7 @@ def climb(
     """
     identity = torch.eye(model.size, dtype=torch.float64, device=w.device)
     w = w.clone()
-    lenses = torch.arange(len(w), device=w.device) if lenses is None else lenses
+    lenses = (torch.arange(len(w)) if lenses is None else lenses).to(w.device)
     value = model.log_density(w, temperature, lenses)
     gradient = torch.zeros(len(w), model.size, dtype=torch.float64, device=w.device)
     hessian = identity.repeat(len(w), 1, 1)

@@ -123,11 +123,16 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Costs against pixels and unknowns, and the parts of a search."""
     mpl.rcParams.update({"font.size": 9})
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for axis, key, unit in ((axes[0], "gradient_ms", "gradient of a chain [ms]"), (axes[1], "search_s", "search [s]")):
+    for axis, key, unit in (
+        (axes[0], "gradient_ms", "gradient of one chain [ms]"),
+        (axes[1], "search_s", "search of one lens [s]"),
+    ):
         for batch, mark in ((1, "o-"), (4, "s--"), (16, "^:")):
             seen = [row for row in rows if row["batch"] == batch and row["unknowns"] == 76 and key in row]
+            if not seen:
+                continue
             axis.plot([row["pixels"] for row in seen], [row[key] for row in seen], mark, label=f"batch of {batch}")
-        axis.set(xscale="log", xlabel="side of the image [px]", ylabel=f"{unit}, processor time a lens")
+        axis.set(xscale="log", xlabel="side of the image [px]", ylabel=unit)
         axis.set_xticks([64, 128, 256], ["64", "128", "256"])
         axis.minorticks_off()
         axis.set_ylim(bottom=0)

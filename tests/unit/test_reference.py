@@ -14,7 +14,9 @@ from lenspipe.config import Fit
 from lenspipe.fit import map_search, reference
 from lenspipe.fit.batch import SEARCHES
 from lenspipe.fit.model import LensModel
+from lenspipe.image.simulator import Optics
 from tests.lenses import easy_lenses
+from tests.unit.test_fit import TABLE
 
 
 def generators(number: int) -> list[torch.Generator]:
@@ -38,7 +40,8 @@ def test_every_choice_of_the_settings_is_there() -> None:
 def test_samplers_in_single_precision(sampler: str) -> None:
     """As the stage runs them, after the search by Adam."""
     model, _ = easy_lenses(2, 0.05)
-    single = LensModel(model.batch.to(torch.float32), model.priors, model.source, model.optics)
+    optics = Optics(TABLE.to(dtype=torch.float32))
+    single = LensModel(model.batch.to(torch.float32), model.priors, model.source, optics)
     settings = Fit(adam_steps=20, chains=2, warmup=20, draws=20, svi_steps=5, svi_rank=2, path_length=0.5)
     found = SEARCHES["adam"](single, settings, generators(2))
     draws = reference.SAMPLERS[sampler](single, found, settings, generators(2))
@@ -91,7 +94,7 @@ def test_adam_reaches_the_maximum(found: tuple[LensModel, map_search.MapFit]) ->
     short = Fit(adam_steps=10, adam_learning_rate=0.1)
     together = reference.adam_search(model, short, generators(2))
     alone = reference.adam_search(model.take(torch.tensor([1])), short, generators(1))
-    torch.testing.assert_close(together.w[1], alone.w[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together.w[1], alone.w[0], rtol=1e-7, atol=1e-7)
     assert adam.start_log_density.shape == (2, 1)
     assert adam.converged.tolist() == [True, True]
     assert not together.converged.any()
