@@ -140,7 +140,10 @@ def fit(
         typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="where they run, as inline JSON in place of the section `cluster`")
+        str | None,
+        typer.Option(
+            envvar="LENSPIPE_CLUSTER", help="where they run, as inline JSON in place of the section `cluster`"
+        ),
     ] = None,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
