@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 
-.PHONY: run test test-all test-slurm lint report clean
+.PHONY: run test test-all test-faults test-slurm lint report clean
 
 # A killed run leaves Snakemake's lock behind; it is taken away where no Snakemake runs on this machine.
 run: .venv/installed
@@ -15,12 +15,16 @@ run: .venv/installed
 test: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not statistical and not cluster"
 
+# Killed workers and jobs, doubled jobs, a full disk (root), a truncated image.
+test-faults: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster/test_faults.py
+
 # On a SLURM of this machine, started and stopped for it (root or sudo, Debian or Ubuntu). SLURM_TESTS chooses, as pytest's -k.
 SLURM_TESTS ?= test
 test-slurm: .venv/installed
 	@if tests/cluster/slurm.sh up; then \
 	  eval "$$(tests/cluster/slurm.sh env)"; \
-	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster -m cluster -k "$(SLURM_TESTS)"; status=$$?; \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster/test_slurm.py -k "$(SLURM_TESTS)"; status=$$?; \
 	  tests/cluster/slurm.sh down; exit $$status; \
 	else echo "make test-slurm: no SLURM here (see above); its tests were not run"; fi
 

@@ -140,7 +140,10 @@ def fit(
         typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="where they run, as inline JSON in place of the section `cluster`")
+        str | None,
+        typer.Option(
+            envvar="LENSPIPE_CLUSTER", help="where they run, as inline JSON in place of the section `cluster`"
+        ),
     ] = None,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
@@ -176,12 +179,16 @@ def refit(
 
 
 @app.command()
-def summary(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
+def summary(
+    config: Settings = DEFAULT_CONFIG,
+    results: Folder = DEFAULT_RESULTS,
+    workers: Annotated[int, typer.Option(min=1, help="processes that work on lenses side by side")] = 1,
+) -> None:
     """Summarise the posteriors: one row a lens, with flags."""
     from lenspipe.summary import write_summary
 
     with plain_errors():
-        write_summary(load_config(config).summary, Results(results))
+        write_summary(load_config(config).summary, Results(results), workers)
 
 
 @app.command()

@@ -53,7 +53,7 @@ def export(paths: Results, to: Path, names: Sequence[str] = ()) -> int:
     """Write the lenses `names`, or all that have a posterior, to a zip or, without that suffix, a folder; how many.
 
     Each lens is a folder of its own name with <name>.json. Raises InputError for a lens without a posterior, one that
-    is not in the catalogue beside the fits, and a profile that COOLEST has not.
+    is not in the catalogue beside the fits, and a profile that is not converted.
     """
     if to.is_dir() and any(to.iterdir()) and not _is_export(to):
         raise InputError(f"{to}: a folder with other things in it; name a new one, or a file that ends in .zip")
@@ -131,7 +131,7 @@ def _entities(
     for name, component in components.items():
         kind = component["profile"]
         if kind not in MASS:
-            raise InputError(f"component {name}: COOLEST has no profile for {kind}, only for {', '.join(MASS)}")
+            raise InputError(f"component {name}: {kind} is not written as COOLEST, only {', '.join(MASS)} are")
         mass = profile(*MASS[kind](_of(own, name, MASS_PROFILES[kind])))
         entity = {"name": name, "redshift": redshift, "mass_model": [mass]}
         yield entity | ({"type": "MassField"} if kind in FIELDS else {"type": "Galaxy", "light_model": []})

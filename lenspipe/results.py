@@ -1,9 +1,12 @@
-"""Where each stage leaves its output, below one folder of results."""
+"""Where each stage leaves its output, below one folder of results, and how its tables are to be read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+AS_WRITTEN: Any = {"keep_default_na": False, "na_values": [""]}  # for read_csv: a lens may be called NA
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
 from lenspipe.posteriors.convergence import convergence_of
-from lenspipe.posteriors.shards import groups, read_manifests
+from lenspipe.posteriors.shards import Group, groups, read_manifests
 from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_names
 from lenspipe.results import Results
 
@@ -48,13 +51,13 @@ LENGTHS = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "
 LENGTHS_OF_COMPONENTS = ("alpha_Rs", "Rs", "r_trunc", "R_sersic", "_sd")
 
 
-def write_summary(settings: Summary, paths: Results) -> None:
+def write_summary(settings: Summary, paths: Results, workers: int = 1) -> None:
     """Write lenses.csv, lenses.fits and lenses.parquet: every lens of the catalogue, in its order.
 
     `status` is ok, flagged or failed, `flags` says why, `reason` what a failed lens failed of. Posteriors are read a
-    block of lenses at a time.
+    block of lenses at a time by each of so many workers; 1 works in this process.
     """
-    table = all_rows(settings, paths)
+    table = all_rows(settings, paths, workers)
     record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
     out = paths.summary
     with (
@@ -69,12 +72,16 @@ def write_summary(settings: Summary, paths: Results) -> None:
         artefact.write_json(provenance, record)
 
 
-def all_rows(settings: Summary, paths: Results) -> pd.DataFrame:
+def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFrame:
     """One row for every lens of the catalogue, in its order, with what is known of it besides."""
     lenses = read_catalogue(paths.catalogue)
     known = lenses[[key for key in lenses if key.startswith("true_") or key in ("name", "origin", "snr")]]
-    blocks = (block for group in groups(paths.fit) for block in group.blocks())
-    rows = [group_rows(block.read(wanted(block.variables())), settings) for block in blocks]
+    blocks = [block for group in groups(paths.fit) for block in group.blocks()]
+    if min(workers, len(blocks)) <= 1:
+        rows = [block_rows(block, settings) for block in blocks]
+    else:
+        with ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn")) as pool:
+            rows = list(pool.map(partial(block_rows, settings=settings), blocks))
     fitted = pd.concat([pd.DataFrame({"name": [], "status": [], "flags": []}, dtype=str), *rows], ignore_index=True)
     table = known.merge(fitted, "left", on="name", validate="one_to_one")
     table = table.merge(read_manifests(paths.fit)[["name", "reason"]], "left", on="name", validate="one_to_one")
@@ -84,6 +91,11 @@ def all_rows(settings: Summary, paths: Results) -> pd.DataFrame:
     table = table.fillna({name: "" for name in TEXTS if name in table})
     truths = [column for column in table if column.startswith("true_")]
     return table[[*FIRST, *(column for column in table if column not in (*FIRST, *truths)), *truths]]
+
+
+def block_rows(block: Group, settings: Summary) -> pd.DataFrame:
+    """Rows of a block of lenses, from disk."""
+    return group_rows(block.read(wanted(block.variables())), settings)
 
 
 def wanted(variables: list[str]) -> list[str]:

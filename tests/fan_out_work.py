@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import dask
 
 from lenspipe.errors import InputError
 
@@ -58,6 +61,19 @@ def stumbles(batch: Batch, traces: Path, times: int) -> str:
 
 def device(batch: Batch) -> str:
     return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def reads_through_dask(batch: Batch) -> str:
+    """Work that waits for a computation of Dask's; says whether its worker did anything else meanwhile."""
+    global busy
+    alone, busy = not busy, True
+    own = dask.delayed(threading.get_ident)().compute() == threading.get_ident()
+    time.sleep(0.3)
+    busy = False
+    return "fitted alone" if alone and own else f"alone: {alone}, in its own thread: {own}"
+
+
+busy = False
 
 
 def slurm_job(batch: Batch) -> str:

@@ -76,23 +76,27 @@ def write_store(
     pd.DataFrame(rows).to_csv(store.with_suffix(".csv"), index=False)
 
 
-def write_catalogue(folder: Path, buckets: Mapping[str, Sequence[str]], unusable: Sequence[str] = ()) -> None:
-    """A catalogue of lenses of 16 x 16 pixels of 0.1 arcsec, by bucket, with the value 1, 2 ... in their images."""
+def write_catalogue(
+    folder: Path, buckets: Mapping[str, Sequence[str]], unusable: Sequence[str] = (), pixels: int = 16
+) -> None:
+    """A catalogue of square lenses with pixels of 0.1 arcsec, by bucket, with the value 1, 2 ... in their images."""
     rows = []
     for bucket, names in buckets.items():
         values = np.arange(1, len(names) + 1, dtype="float32")[:, None, None]
         lenses = xr.Dataset(
             {
-                "image": (("lens", "y", "x"), values * np.ones((16, 16), "float32")),
-                "noise": (("lens", "y", "x"), np.ones((len(names), 16, 16), "float32")),
-                "usable": (("lens", "y", "x"), np.ones((len(names), 16, 16), bool)),
+                "image": (("lens", "y", "x"), values * np.ones((pixels, pixels), "float32")),
+                "noise": (("lens", "y", "x"), np.ones((len(names), pixels, pixels), "float32")),
+                "usable": (("lens", "y", "x"), np.ones((len(names), pixels, pixels), bool)),
                 "psf": (("lens", "psf_y", "psf_x"), np.full((len(names), 3, 3), 1 / 9, "float32")),
                 "flux_unit": ("lens", np.ones(len(names))),
                 "pixel_scale": ("lens", np.full(len(names), 0.1)),
                 "name": ("lens", np.array(names, dtype=object)),
             }
         )
-        lenses.to_zarr(folder / "catalogue.zarr", group=bucket, mode="a", zarr_format=3, consolidated=False)
+        chunks = {name: {"chunks": (64, *variable.shape[1:])} for name, variable in lenses.items()}
+        place = {"store": folder / "catalogue.zarr", "group": bucket, "mode": "a", "zarr_format": 3}
+        lenses.to_zarr(**place, consolidated=False, encoding=chunks)
         rows += [(name, "usable", "", bucket, 30.0, 1.21) for name in names]
     rows += [(name, "failed", "no PSF", "", np.nan, np.nan) for name in unusable]
     table = pd.DataFrame(rows, columns=["name", "status", "reason", "bucket", "snr", "true_theta_E"])

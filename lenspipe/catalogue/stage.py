@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,8 @@ from lenspipe.catalogue.tables import Entry, read_entries
 from lenspipe.config import Catalogue, expand_path
 from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
+from lenspipe.results import AS_WRITTEN
 
-AS_WRITTEN: Any = {"keep_default_na": False, "na_values": [""]}  # for read_csv: a lens may be called NA
 ARRAYS = {"image": "<f4", "noise": "<f4", "usable": "bool", "psf": "<f4"}  # of a lens, as they are stored
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 

@@ -7,6 +7,7 @@ halves a batch that keeps killing its workers until the guilty lens is alone. Ev
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -25,6 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import dask
 import yaml
 from dask.distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
+from dask.utils import parse_bytes
 from distributed.comm import CommClosedError
 from distributed.security import Security
 
@@ -150,9 +152,16 @@ def lost(client: Client, error: BaseException) -> ClusterError:
 
 
 def logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | None) -> Result:
-    """Do the work, with everything that `lenspipe` logs in the batch's own file: where, when, how long, what failed."""
-    if logs is None:
-        return work(attempt.task)
+    """Do the work, with everything that `lenspipe` logs in the batch's own file: where, when, how long, what failed.
+
+    Arrays that the work reads through Dask are read by itself. Else Dask would send pieces of them around as tasks, and
+    let the worker begin another batch beside the one that waits for them.
+    """
+    with dask.config.set(scheduler="synchronous"):
+        return work(attempt.task) if logs is None else _logged(attempt, work, logs)
+
+
+def _logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path) -> Result:
     began = time.perf_counter()
     with to_file(logs / f"{attempt.number}.log"):
         names = attempt.task.names
@@ -234,6 +243,23 @@ def side_by_side(where: Cluster, workers: int | None = None) -> int:
     return min(found, workers or found) if found else workers or processors()
 
 
+def worker_memory(where: Cluster, workers: int) -> float:
+    """Bytes that one of the workers may use: of its GPU, its share of the machine or SLURM job, its own SLURM job."""
+    if where.kind == "slurm":
+        job = site_settings(where)["jobqueue"]["slurm"]
+        return parse_bytes(job["memory"]) / (job["processes"] or 1)
+    if where.kind == "address":
+        with connected(where, 1) as client:
+            found = client.scheduler_info(n_workers=-1)["workers"].values()
+        return min(((worker["memory_limit"] or math.inf) / worker["nthreads"] for worker in found), default=math.inf)
+    from lenspipe import memory  # here, as it loads PyTorch
+
+    if gpus():
+        return memory.free_memory()
+    given = os.environ.get("SLURM_MEM_PER_NODE")  # in MiB
+    return min(memory.free_memory(), int(given) * 2**20 if given else math.inf) / workers
+
+
 @contextmanager
 def connected(where: Cluster, workers: int) -> Iterator[Client]:
     """A client of the cluster that the settings ask for; what was started for it ends with it."""
@@ -241,13 +267,12 @@ def connected(where: Cluster, workers: int) -> Iterator[Client]:
         with _client_of(where) as client:
             yield client
         return
-    site = site_settings(where) if where.kind == "slurm" else {}
     settings = {
         "distributed.scheduler.allowed-failures": where.retries,
         "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
-        **site,
     }
     with (
+        dask.config.set(site_settings(where) if where.kind == "slurm" else {}),
         dask.config.set(settings),
         slurm_cluster(where) if where.kind == "slurm" else local_cluster(workers) as cluster,
         Client(cluster) as client,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lenspipe.catalogue.stage import AS_WRITTEN, read_catalogue
+from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError
 from lenspipe.fit.stage import fit_shard
-from lenspipe.results import Results
+from lenspipe.results import AS_WRITTEN, Results
 
 
 def refit_lenses(

@@ -22,7 +22,6 @@ from lenspipe.fit import cluster, resume
 from lenspipe.fit.batch import Task, fit_task, halves
 from lenspipe.fit.progress import progress
 from lenspipe.fit.resume import Place
-from lenspipe.memory import free_memory
 from lenspipe.posteriors.writing import write_shard
 from lenspipe.results import Results
 
@@ -59,10 +58,12 @@ def fit_shard(
     workers = cluster.side_by_side(config.cluster, workers) if todo else 1
     tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
     logs = paths.fit_logs / f"shard-{shard:04d}"
+    killed: set[str] = set()
     with progress(len(todo), kept=len(lenses) - len(todo)) as advance:
         for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
             _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
             parts += made
+            killed |= set() if result else set(task.names)
             failed = {name: why for name, why in failed.items() if name not in task.names} | failures
             advance(len(task.names), len(failures))
     with artefact.alone(store):
@@ -72,7 +73,8 @@ def fit_shard(
             raise LenspipeError(f"{store}: another job has taken away the results of {', '.join(lost)}; run again")
         buckets = catalogue.set_index("name")["bucket"].to_dict()
         places |= resume.guests(paths, shard, own.values(), hashes.values())
-        _write_shard(config, paths, shard, places, own, reasons, buckets)
+        standing = {name: [own[name], why] for name, why in reasons.items() if name not in killed}
+        _write_shard(config, paths, shard, places, standing, buckets)
         _write_manifest(paths.manifest(shard), lenses.set_index("name")["reason"].to_dict() | reasons)
         for part in parts:
             part.unlink(missing_ok=True)
@@ -122,15 +124,17 @@ def _write_shard(
     paths: Results,
     shard: int,
     places: Mapping[str, Place],
-    own: Mapping[str, str],
-    failed: Mapping[str, str],
+    failed: Mapping[str, list[str]],
     bucket_of: Mapping[str, str],
 ) -> None:
-    """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone."""
+    """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone.
+
+    failed: hash and reason of the lenses that would fail again; not those whose workers died, a machine may cause that.
+    """
     store = paths.store(shard)
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
     files = [paths.catalogue.with_name("lenses.csv"), *resume.files_that_decide(config, paths)]
-    facts = {"shard": shard, "failed": {name: [own[name], reason] for name, reason in failed.items()}}
+    facts = {"shard": shard, "failed": dict(failed)}
     if store.exists() and resume.index_of_store(store) == places and artefact.read_record(store)["facts"] == facts:
         return
     record = artefact.provenance("fit", used, files, config.seed, **facts)
@@ -167,7 +171,7 @@ def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: C
 
 
 def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers: int) -> int:
-    """How many lenses of images of this shape to fit together: an even share for each worker, half the free memory."""
+    """How many lenses of images of this shape to fit together: an even share for each worker, half its memory."""
     rays = shape[0] * shape[1] * config.lens.supersampling**2
-    held = free_memory() / 2 / workers / (BYTES_PER_RAY * config.fit.chains * rays)
+    held = cluster.worker_memory(config.cluster, workers) / 2 / (BYTES_PER_RAY * config.fit.chains * rays)
     return int(max(1, min(held, -(-lenses // workers), LARGEST_BATCH)))

@@ -1,7 +1,7 @@
 """One lens as ArviZ reads it: the only place that knows ArviZ's names.
 
-The object is an xarray DataTree. ArviZ 1.x takes it as it is, and so do arviz-base and arviz-stats from 0.8 on, which
-stand beside ArviZ 0.23.4 on Python 3.11; functions of ArviZ 0.23 itself take `arviz.from_datatree` of it.
+The object is an xarray DataTree, as ArviZ 1.x has them: arviz-base and arviz-stats from 0.8 on take it as it is, and
+functions of ArviZ 0.23.4, which is what there is on Python 3.11, take `arviz.from_datatree` of it.
 
 | group | contents |
 |---|---|

@@ -9,6 +9,7 @@ from uuid import uuid4
 import dask.array as da
 import numpy as np
 import xarray as xr
+import zarr
 from numpy.typing import NDArray
 
 from lenspipe.errors import InputError
@@ -61,11 +62,12 @@ def observed(fit: Path, bucket: str, names: Sequence[str]) -> xr.Dataset:
     catalogue = Results(fit.parent).catalogue
     if not (catalogue / bucket).is_dir():
         raise InputError(f"{catalogue}: no images of {bucket} here; keep the catalogue beside the folder of the fits")
-    lenses = xr.open_zarr(catalogue, group=bucket, consolidated=False)
-    places = {name: row for row, name in enumerate(lenses["name"].to_numpy().tolist())}
+    arrays = dict(zarr.open_group(catalogue / bucket, mode="r", zarr_format=3).arrays())
+    places = {name: row for row, name in enumerate(np.asarray(arrays.pop("name")).tolist())}
     if absent := [name for name in names if name not in places]:
         raise InputError(f"{catalogue}: {listed(absent)} not in it; it is not the one that was fitted")
-    return lenses.drop_vars("name").isel(lens=[places[name] for name in names]).load()
+    rows = np.array([places[name] for name in names])
+    return xr.Dataset({n: (a.metadata.dimension_names, a.oindex[rows]) for n, a in arrays.items()})  # type: ignore[union-attr]
 
 
 def _lazy(blocks: Sequence[Group], variable: str, like: xr.DataArray) -> da.Array:

@@ -15,10 +15,10 @@ import pandas as pd
 import xarray as xr
 import zarr
 
-from lenspipe.catalogue.stage import AS_WRITTEN
 from lenspipe.errors import InputError
 from lenspipe.posteriors.rows import cause, listed, read_rows, readable_names, remedy, unreadable_rows, variables_of
 from lenspipe.posteriors.writing import BLOCK
+from lenspipe.results import AS_WRITTEN
 
 
 @dataclass(frozen=True)

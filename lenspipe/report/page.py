@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import AS_WRITTEN, read_batch, read_catalogue
+from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Report
 from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import evenly, open_galaxies
@@ -35,7 +35,7 @@ from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_nam
 from lenspipe.report import figures
 from lenspipe.report.source import source_section
 from lenspipe.report.table import Table
-from lenspipe.results import Results
+from lenspipe.results import AS_WRITTEN, Results
 from lenspipe.summary import TEXTS, is_angle, unwrapped
 
 SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`

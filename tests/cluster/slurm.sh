@@ -143,6 +143,7 @@ link_configuration() {
 
 up() {
   mkdir -p "$folder"/{etc,log,run,state,spool,dev}
+  chmod 755 "$folder" "$folder"/{etc,log,run,state,spool,dev} # whoever submits jobs reads the configuration
   install_packages
   start_munged
   write_configuration >"$folder/etc/slurm.conf.new"
@@ -151,6 +152,7 @@ up() {
     fail "is up with another configuration; run \`$0 down\` first"
   fi
   mv "$SLURM_CONF.new" "$SLURM_CONF"
+  chmod 644 "$SLURM_CONF"
   link_configuration
   alive "$folder/run/slurmctld.pid" slurmctld >/dev/null || { rm -f "$folder/run/slurmctld.pid" && slurmctld; }
   local number

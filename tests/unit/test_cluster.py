@@ -17,6 +17,7 @@ import pytest
 from dask.distributed import Client, SpecCluster
 from rich.console import Console
 
+from lenspipe import memory
 from lenspipe.config import Cluster
 from lenspipe.errors import ClusterError, ConfigError, InputError
 from lenspipe.fit import cluster
@@ -25,7 +26,18 @@ from lenspipe.fit.batch import fit_task
 from lenspipe.fit.progress import Tally, progress
 from lenspipe.results import Results
 from tests.conftest import ROOT
-from tests.fan_out_work import Batch, deadly, device, dies_once, fitted, halves, kill_and_wait, refuses, stumbles
+from tests.fan_out_work import (
+    Batch,
+    deadly,
+    device,
+    dies_once,
+    fitted,
+    halves,
+    kill_and_wait,
+    reads_through_dask,
+    refuses,
+    stumbles,
+)
 
 Outcome = dict[str, str]
 
@@ -103,6 +115,12 @@ def test_an_error_of_the_run_at_a_worker(tmp_path: Path) -> None:
     assert all(path.read_text().count("begins") == 1 for path in tmp_path.iterdir())
 
 
+def test_a_worker_has_one_batch_at_a_time() -> None:
+    """Also where the batch reads its data through Dask, which would let the worker begin another one."""
+    said = outcome(batches("a", "b", "c", "d", "e"), reads_through_dask, Cluster(), 2)
+    assert said == dict.fromkeys("abcde", "fitted alone")
+
+
 def test_names_of_gpus() -> None:
     assert cluster.named_gpus(None, 0) == []
     assert cluster.named_gpus(None, 3) == ["0", "1", "2"]
@@ -133,6 +151,19 @@ def test_processors_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert cluster.side_by_side(Cluster()) == 3
     assert cluster.side_by_side(Cluster(kind="slurm", jobs_max=7), 2) == 7
+
+
+def test_memory_of_a_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its share of the machine or of the SLURM job, all that is free on its GPU, or what its own SLURM job has."""
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    monkeypatch.setattr(memory, "free_memory", lambda: 64 * 2**30)
+    assert cluster.worker_memory(Cluster(), 4) == 16 * 2**30
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "8192")
+    assert cluster.worker_memory(Cluster(), 4) == 2 * 2**30
+    monkeypatch.setattr(cluster, "gpus", lambda: ["0", "1"])
+    assert cluster.worker_memory(Cluster(), 2) == 64 * 2**30
+    (tmp_path / "site.yaml").write_text("jobqueue: {slurm: {cores: 2, processes: 2, memory: 4GiB}}\n")
+    assert cluster.worker_memory(Cluster(kind="slurm", site=str(tmp_path / "site.yaml")), 9) == 2 * 2**30
 
 
 @pytest.fixture
@@ -180,6 +211,8 @@ def test_the_job_that_slurm_gets() -> None:
     where = Cluster(kind="slurm")
     with dask.config.set(cluster.site_settings(where)), SLURMCluster() as slurm:
         script = slurm.job_script()
+        assert dask.config.get("distributed.scheduler.worker-ttl") == "5 minutes"
+        assert dask.config.get("distributed.scheduler.bandwidth") == 100_000_000  # Dask's own stay
     for line in ("-J lenspipe-fit", "-n 1", "--cpus-per-task=1", "--mem=3G", "-t 04:00:00"):
         assert f"#SBATCH {line}\n" in script, script
     command = script.splitlines()[-1]

@@ -194,7 +194,7 @@ IMAGES = ("image.fits", "noise.fits", "mask.fits", "psf.fits", "source.fits")
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     halo = {f"halo_{key}": 0.1 for key in ("alpha_Rs", "Rs", "center_x", "center_y")}
-    with pytest.raises(InputError, match="component halo: COOLEST has no profile for nfw"):
+    with pytest.raises(InputError, match="component halo: nfw is not written as COOLEST"):
         exported(tmp_path, lenses(**halo), Lens.model_validate({"components": {"halo": "nfw"}}))
     assert not (tmp_path / "coolest").exists()
     with pytest.raises(InputError, match="lens lost has no posterior"):

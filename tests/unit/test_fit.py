@@ -14,6 +14,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
+from lenspipe import memory
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit
 from lenspipe.fit import batch, chains, derived, diagnostics, hmc, map_search, stage
@@ -628,7 +629,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path, monkeypatch:
 def test_automatic_batches_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the memory, an even share for every worker, no more than there are lenses; one at least."""
     lens = stage.BYTES_PER_RAY * Config().fit.chains * 100 * 100
-    monkeypatch.setattr(stage, "free_memory", lambda: 20 * lens)
+    monkeypatch.setattr(memory, "free_memory", lambda: 20 * lens)
     assert stage.automatic_batch(Config(), (100, 100), 1000, 1) == 10
     assert stage.automatic_batch(Config(), (100, 100), 1000, 2) == 5
     assert stage.automatic_batch(Config(), (100, 100), 7, 2) == 4

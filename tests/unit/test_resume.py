@@ -6,6 +6,7 @@ The fits are made-up posteriors that say how often each lens was asked for; plan
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from lenspipe import artefact
 from lenspipe.cli import app
 from lenspipe.config import Config, Fit
 from lenspipe.errors import InputError, LenspipeError
-from lenspipe.fit import batch, resume
-from lenspipe.fit.batch import Task
+from lenspipe.fit import batch, cluster, resume
+from lenspipe.fit.batch import Result, Task
 from lenspipe.fit.parts import read_part, write_part
 from lenspipe.fit.refit import refit_lenses
 from lenspipe.fit.stage import fit_shard
@@ -189,6 +190,28 @@ def test_a_lens_that_failed_is_not_tried_again_but_when_told(paths: Results, ask
     assert set(reasons.drop("hopeless")) == {""}
     refit_lenses(config(), paths, ["hopeless"], None, 1)
     assert asked["hopeless"] > before
+
+
+def test_a_lens_whose_workers_died_is_tried_again(
+    paths: Results, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the next run: it may have been the machine's fault."""
+
+    def deadly(
+        tasks: Sequence[Task], work: Callable[[Task], Result], *_: object
+    ) -> Iterator[tuple[Task, Result | None, str]]:
+        for task in tasks:
+            yield (task, None, "every worker died") if "f" in task.names else (task, work(task), "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "run", deadly)
+        fit_shard(config(), paths, 0)
+        fit_shard(config(), paths, 1)
+    reasons = read_manifests(paths.fit).set_index("name")["reason"]
+    assert reasons[reasons != ""].to_dict() == dict.fromkeys("fg", "every worker died")
+    run(config(), paths, (0, 1))
+    assert set(read_manifests(paths.fit)["reason"]) == {""}
+    assert asked == Counter(NAMES)
 
 
 def test_two_jobs_of_the_same_shard(paths: Results, asked: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import arviz
 import arviz_stats
 import numpy as np
 import pytest
@@ -112,7 +113,6 @@ def test_one_lens_is_an_arviz_object(run: Path) -> None:
 
 
 def test_classic_arviz_takes_it_too(run: Path) -> None:
-    arviz = pytest.importorskip("arviz", exc_type=ImportError)
     lens = lenspipe.posterior(run / "fit", "a")
     data = arviz.from_datatree(lens) if hasattr(arviz, "from_datatree") else lens
     assert float(arviz.summary(data, var_names=["theta_E"], round_to="none")["mean"].iloc[0]) == pytest.approx(

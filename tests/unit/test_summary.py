@@ -186,6 +186,7 @@ def test_summary_in_blocks_is_that_of_all_at_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Group, "read", lambda group, *of: sizes.append(len(group.rows)) or read(group, *of))
     pd.testing.assert_frame_equal(all_rows(Summary(), Results(tmp_path)), whole)
     assert sizes == [4, 4, 2]
+    pd.testing.assert_frame_equal(all_rows(Summary(), Results(tmp_path), workers=2), whole)
 
 
 def test_a_run_without_a_posterior_has_a_summary(tmp_path: Path) -> None:

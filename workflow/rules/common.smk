@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, workflow.basedir)
 
@@ -12,8 +13,6 @@ from lenspipe.errors import LenspipeError
 from lenspipe.running import note_run, refuse_second_run
 from snakemake.exceptions import WorkflowError
 
-shell.prefix(f'export PYTHONPATH="{workflow.basedir}:${{{{PYTHONPATH:-}}}}"; ')
-
 try:
     settings = load_config(dict(config))
     shards = [f"{number:04d}" for number in range(count_shards(settings))]
@@ -22,16 +21,20 @@ try:
 except LenspipeError as error:
     raise WorkflowError(str(error))
 
-
-onstart:
-    note_run(Path("results"))
-
-
-# Where fits run is no parameter of theirs: written into the command by its global name, it reruns nothing when it changes.
-cluster_settings = settings.cluster.model_dump_json()
+# Where fits run is no parameter of theirs: in the environment of every command, it reruns nothing when it changes.
+cluster = (
+    quote(settings.cluster.model_dump_json()).replace("{", "{{").replace("}", "}}")
+)
+shell.prefix(
+    f'export PYTHONPATH="{workflow.basedir}:${{{{PYTHONPATH:-}}}}" LENSPIPE_CLUSTER={cluster}; '
+)
 fitted_elsewhere = settings.cluster.kind != "local"
 
 environment = f"{workflow.basedir}/envs/cpu.yaml"
+
+
+onstart:
+    note_run(Path("results"))
 
 
 def sections(*names):

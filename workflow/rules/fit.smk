@@ -26,5 +26,5 @@ rule fit:
     params:
         settings=sections("lens", "priors", "deflection_table", "fit"),
     shell:
-        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} --cluster {cluster_settings:q} "
+        "python -m lenspipe fit --shard {wildcards.shard} --workers {threads} "
         "--config {params.settings:q} > {log} 2>&1"

@@ -15,10 +15,11 @@ rule summary:
         "results/benchmarks/summary.tsv"
     conda:
         environment
+    threads: 8
     resources:
-        mem_mb=2000,
+        mem_mb=lambda wildcards, threads: 1000 + 700 * threads,
         runtime=60,
     params:
         settings=sections("summary"),
     shell:
-        "python -m lenspipe summary --config {params.settings:q} > {log} 2>&1"
+        "python -m lenspipe summary --workers {threads} --config {params.settings:q} > {log} 2>&1"
