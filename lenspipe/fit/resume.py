@@ -95,7 +95,8 @@ def located(paths: Results, shard: int, hashes: Collection[str], unreadable: Col
     """Where results lie, by hash: in this shard's store, without the names `unreadable`, or, later, in parts."""
     found = {h: place for h, place in index_of_store(paths.store(shard)).items() if place.name not in unreadable}
     found |= index_of_parts(sorted(paths.fit.glob("parts/*/*.npz"), key=age))
-    return {h: place for h, place in found.items() if h in set(hashes)}
+    wanted = set(hashes)
+    return {h: place for h, place in found.items() if h in wanted}
 
 
 def age(path: Path) -> float:
@@ -108,8 +109,9 @@ def age(path: Path) -> float:
 
 def take_over(paths: Results, shard: int, hashes: Collection[str]) -> None:
     """Make parts of this shard from results that are in the stores of other shards."""
-    others = [store for store in stores(paths.fit) if store != paths.store(shard)]
-    elsewhere = {h: place for store in others for h, place in index_of_store(store).items() if h in set(hashes)}
+    others = [store for store in stores(paths.fit) if store != paths.store(shard)] if hashes else []
+    wanted = set(hashes)
+    elsewhere = {h: place for store in others for h, place in index_of_store(store).items() if h in wanted}
     for (store, bucket), chosen in by_file(elsewhere.values()).items():
         batch = loaded(store, bucket, chosen)
         if batch is not None:
@@ -129,8 +131,8 @@ def loaded(store: Path, bucket: str, places: list[Place]) -> xr.Dataset | None:
 
 def guests(paths: Results, shard: int, members: Collection[str], hashes: Collection[str]) -> dict[str, Place]:
     """Results in this shard's store, of lenses that are another shard's now and have no result elsewhere yet."""
-    own = paths.store(shard)
-    leaving = {h: p for h, p in index_of_store(own).items() if h in set(hashes) and h not in set(members)}
+    own, others = paths.store(shard), set(hashes) - set(members)
+    leaving = {h: place for h, place in index_of_store(own).items() if h in others}
     if leaving:
         elsewhere = {h for store in stores(paths.fit) if store != own for h in index_of_store(store)}
         elsewhere |= index_of_parts(paths.fit.glob("parts/*/*.npz")).keys()
