@@ -12,10 +12,8 @@ run: .venv/installed
 	$(SNAKEMAKE) --profile workflow/profiles/local
 	@echo "report: $(CURDIR)/results/report/report.html"
 
-# Files of tests side by side, the longest first.
 test: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -m "not statistical and not cluster" \
-	  -n auto --dist loadfile --no-loadscope-reorder --durations 15 tests/workflow tests/statistical tests/physics tests/unit
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not statistical and not cluster" --durations 15
 
 # Killed workers and jobs, doubled jobs, a full disk (root), a truncated image.
 test-faults: .venv/installed
