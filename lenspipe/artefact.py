@@ -173,7 +173,8 @@ def restore(target: Path) -> None:
     """Bring back the folder that was to be replaced where a killed job has left neither the old one nor the new."""
     for retired in target.parent.glob(f".{target.name}.*{RETIRED}"):
         if not target.exists():
-            retired.rename(target)
+            with suppress(FileNotFoundError):  # another job does the same
+                retired.rename(target)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

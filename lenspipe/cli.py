@@ -168,7 +168,10 @@ def refit(
     draws_factor: Annotated[int, typer.Option(min=1, help="so many times the draws; as many as ever are kept")] = 4,
     config: Settings = DEFAULT_CONFIG,
     results: Folder = DEFAULT_RESULTS,
-    workers: Annotated[int, typer.Option(min=1, help="processes that fit batches side by side")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
+    ] = None,
 ) -> None:
     """Fit chosen lenses again, failed ones too, with more draws; then run Snakemake for the summary and the report."""
     from lenspipe.fit.refit import refit_lenses

@@ -629,7 +629,7 @@ class Fit(Section):
     draws: int = Field(300, ge=20, description="draws kept per chain")
     target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
     rounds: Count = Field(
-        2, description="rounds of draws for a lens that misses a gate; each has twice the draws of the one before"
+        2, description="rounds of draws for a lens that misses a gate; each makes as many draws as all before it"
     )
     r_hat_max: float = Field(1.05, gt=1, description="gate: greatest R-hat of the lens parameters")
     ess_min: float = Field(100, ge=0, description="gate: least effective sample size of them, bulk and tail")

@@ -21,7 +21,7 @@ from lenspipe import artefact
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Summary
 from lenspipe.posteriors.convergence import convergence_of
-from lenspipe.posteriors.shards import Group, groups, read_manifests
+from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests
 from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_names
 from lenspipe.results import Results
 
@@ -58,7 +58,8 @@ def write_summary(settings: Summary, paths: Results, workers: int = 1) -> None:
     block of lenses at a time by each of so many workers; 1 works in this process.
     """
     table = all_rows(settings, paths, workers)
-    record = artefact.provenance("summary", {"summary": settings}, [paths.catalogue, paths.fit], lenses=len(table))
+    inputs = [paths.catalogue.with_name("lenses.csv"), *manifests(paths.fit)]  # not terabytes of images and draws
+    record = artefact.provenance("summary", {"summary": settings}, inputs, lenses=len(table))
     out = paths.summary
     with (
         artefact.written_whole(out) as csv,

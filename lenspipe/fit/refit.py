@@ -14,7 +14,7 @@ from lenspipe.results import AS_WRITTEN, Results
 
 
 def refit_lenses(
-    config: Config, paths: Results, names: Sequence[str], where: str | None, draws_factor: int, workers: int = 1
+    config: Config, paths: Results, names: Sequence[str], where: str | None, draws_factor: int, workers: int | None = 1
 ) -> list[str]:
     """Fit the lenses named, and those whose row of the summary meets a condition, again; return their names.
 

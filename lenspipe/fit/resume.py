@@ -129,10 +129,16 @@ def loaded(store: Path, bucket: str, places: list[Place]) -> xr.Dataset | None:
     return batch if sound else None
 
 
-def guests(paths: Results, shard: int, members: Collection[str], hashes: Collection[str]) -> dict[str, Place]:
-    """Results in this shard's store, of lenses that are another shard's now and have no result elsewhere yet."""
+def guests(
+    paths: Results, shard: int, members: Collection[str], hashes: Collection[str], unreadable: Collection[str] = ()
+) -> dict[str, Place]:
+    """Results in this shard's store, of lenses that are another shard's now and have no result elsewhere yet.
+
+    Without the lenses of the names `unreadable`, which that shard has to fit again.
+    """
     own, others = paths.store(shard), set(hashes) - set(members)
-    leaving = {h: place for h, place in index_of_store(own).items() if h in others}
+    here = index_of_store(own)
+    leaving = {h: place for h, place in here.items() if h in others and place.name not in unreadable}
     if leaving:
         elsewhere = {h for store in stores(paths.fit) if store != own for h in index_of_store(store)}
         elsewhere |= index_of_parts(paths.fit.glob("parts/*/*.npz")).keys()

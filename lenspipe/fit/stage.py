@@ -72,7 +72,7 @@ def fit_shard(
         if lost := [name for name, h in own.items() if h not in places and name not in reasons]:
             raise LenspipeError(f"{store}: another job has taken away the results of {', '.join(lost)}; run again")
         buckets = catalogue.set_index("name")["bucket"].to_dict()
-        places |= resume.guests(paths, shard, own.values(), hashes.values())
+        places |= resume.guests(paths, shard, own.values(), hashes.values(), unreadable)
         standing = {name: [own[name], why] for name, why in reasons.items() if name not in killed}
         _write_shard(config, paths, shard, places, standing, buckets)
         _write_manifest(paths.manifest(shard), lenses.set_index("name")["reason"].to_dict() | reasons)

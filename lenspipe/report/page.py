@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import read_batch, read_catalogue
 from lenspipe.config import Report
 from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import evenly, open_galaxies
@@ -314,14 +313,11 @@ def near(truth: Any, median: Any) -> Any:
 def lens_sections(lenses: pd.DataFrame, limit: int, paths: Results) -> Iterable[dict[str, Any]]:
     """The drawn lenses, flagged ones first, then in the catalogue's order; one at a time in memory."""
     rows = [row for state in STATES[1:] for row in lenses[lenses["status"] == state].to_dict("records")][:limit]
-    if not rows:
-        return
-    catalogue = read_catalogue(paths.catalogue).set_index("name")
-    for row in track(rows, description="report"):
-        yield lens_section(row, catalogue.loc[row["name"]], paths)
+    for row in track(rows, description="report") if rows else ():
+        yield lens_section(row, paths)
 
 
-def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[str, Any]:
+def lens_section(row: dict[str, Any], paths: Results) -> dict[str, Any]:
     """Figures and tables of one lens."""
     name = str(row["name"])
     tree = posterior(paths.fit, name)
@@ -332,7 +328,7 @@ def lens_section(row: dict[str, Any], entry: pd.Series, paths: Results) -> dict[
     found = tree["diagnostics"].to_dataset()
     truths = known_truths(row)
     panels = {
-        "images": image_figure(tree, entry, name, paths.catalogue),
+        "images": image_figure(tree),
         "source": source_figure(tree, row, paths.mocks / name / "source.fits"),
         "corner": figures.corner_plot(
             {n: draws[n].to_numpy() for n in CORNER}, {n: truths[n] for n in CORNER if n in truths}
@@ -399,13 +395,11 @@ def known_truths(row: dict[str, Any]) -> dict[str, float]:
     return known | {name: float(near(known[name], row[f"{name}_median"])) for name in angles}
 
 
-def image_figure(tree: xr.DataTree, entry: pd.Series, name: str, catalogue: Path) -> Figure:
+def image_figure(tree: xr.DataTree) -> Figure:
     """Observed image, model and residual."""
-    batch = read_batch(catalogue, str(entry["bucket"]), [name], torch.float32)
-    image, noise, usable = (getattr(batch, part)[0].numpy() for part in ("image", "noise", "usable"))
-    return figures.image_plane(
-        image, tree["posterior_predictive"]["image_mean"].to_numpy(), noise, usable, float(batch.pixel_scale[0])
-    )
+    observed, model = tree["observed_data"], tree["posterior_predictive"]["image_mean"].to_numpy()
+    image, noise, usable = (observed[part].to_numpy() for part in ("image", "noise", "usable"))
+    return figures.image_plane(image, model, noise, usable, float(observed["pixel_scale"]))
 
 
 def source_figure(tree: xr.DataTree, row: dict[str, Any], true_source: Path) -> Figure:

@@ -178,6 +178,16 @@ def test_a_damaged_store_is_fitted_again_where_it_is_damaged(paths: Results, ask
     assert asked == Counter(NAMES) + Counter("fg")
 
 
+def test_a_damaged_guest_is_fitted_again(paths: Results, asked: Counter[str]) -> None:
+    """A lens that has moved to a shard that is not done yet, and whose old result can no longer be read."""
+    run(config(), paths, (0, 1))
+    catalogue(paths, ("new", *NAMES))  # e moves from the first shard to the second
+    (paths.store(0) / BUCKET / "theta_E/c/0/0/0").write_bytes(b"short")
+    grown = run(config(), paths, (0, 1))
+    assert sorted(grown["lens"].to_numpy()) == sorted(("new", *NAMES))
+    assert asked == Counter(NAMES) + Counter("abcde") + Counter(["new"])
+
+
 def test_a_lens_that_failed_is_not_tried_again_but_when_told(paths: Results, asked: Counter[str]) -> None:
     catalogue(paths, (*NAMES, "hopeless"))
     run(config(), paths, (0, 1))
