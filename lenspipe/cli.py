@@ -239,6 +239,48 @@ def export_coolest(
     console.print(f"{escape(str(to))}: {count} lens{'' if count == 1 else 'es'}")
 
 
+@app.command("export-table")
+def export_the_table(
+    to: Annotated[Path, typer.Option(help="file to write: .tex (LaTeX), .vot or .xml (VOTable)")],
+    lens: Annotated[list[str] | None, typer.Option(help="name of a lens; again for others; all without it")] = None,
+    results: Folder = DEFAULT_RESULTS,
+) -> None:
+    """Write the table of lenses for a paper or for the virtual observatory."""
+    from lenspipe.export_table import export_table
+
+    with plain_errors():
+        count = export_table(Results(results), to, lens or [])
+    console.print(f"{escape(str(to))}: {count} lens{'' if count == 1 else 'es'}")
+
+
+@app.command("check-lenses")
+def check_lenses(
+    table: Annotated[Path, typer.Argument(help="CSV, ECSV or FITS table of lenses, or a folder with one for each")],
+    prepare: Annotated[
+        bool, typer.Option(help="look for deflector and arcs too, as with catalogue.preparation")
+    ] = True,
+) -> None:
+    """Say of every lens of a table whether it can be used, or why not, before anything runs."""
+    from lenspipe.catalogue.observed import read_lens
+    from lenspipe.catalogue.tables import read_table
+    from lenspipe.config import Preparation
+
+    listing, unusable = Console(highlight=False, soft_wrap=True), 0
+    with plain_errors():
+        entries = read_table(table)
+    for entry in entries:
+        try:
+            lens = read_lens(entry.files, Preparation() if prepare else None)
+        except InputError as error:
+            unusable += 1
+            listing.print(f"{entry.name}: [red]unusable:[/red] {escape(str(error))}")
+        else:
+            listing.print(f"{entry.name}: [green]usable:[/green] {escape(lens.in_words())}")
+    listing.print(f"{len(entries) - unusable} of {len(entries)} lenses can be used")
+    if unusable:
+        raise typer.Exit(1)
+
+
 @app.command()
 def show(path: Path) -> None:
     """Say what an artefact is: its stage, settings, versions and inputs."""
@@ -265,6 +307,6 @@ def check_config(
             write_schema.write_text(json_schema())
         settings = load_config(config)
         lenses = count_lenses(settings)
-        if absent := [path for path in outside_files(settings) if not path.is_file()]:
+        if absent := [path for path in outside_files(settings) if not path.exists()]:
             raise InputError("\n".join(f"{path}: no such file" for path in absent))
     console.print(f"{config if os.path.exists(config) else 'config'}: good; {lenses} lenses to fit")

@@ -352,7 +352,7 @@ class DeflectionTable(Section):
 
 ComponentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*$")]
 MassProfile = Literal["epl", "sie", "sis", "shear", "sheet", "point_mass", "nfw", "tnfw"]
-LightProfile = Literal["sersic", "gaussian"]
+LightProfile = Literal["sersic", "gaussian", "mge"]
 Redshift = Annotated[float, Field(gt=0, le=20)]
 
 
@@ -423,6 +423,8 @@ DOMAINS = {
     "R_sersic": (0, math.inf),
     "n_sersic": (0.36, math.inf),  # below, the half-light radius of the profile is not what it says
     "sd": (0, math.inf),
+    "sd_min": (0, math.inf),
+    "sd_max": (0, math.inf),
 }
 
 
@@ -566,17 +568,45 @@ class ObservedLens(Section):
 
     name: str = Field(pattern=f"^{NAME}$", description="unique name")
     image: str = Field(description="path of the FITS image")
-    noise: str = Field(description="path of the FITS noise map (1 sigma)")
     psf: str = Field(description="path of the FITS PSF kernel")
-    mask: str | None = Field(None, description="path of a FITS mask, 1 = bad pixel")
-    pixel_scale: Positive = Field(description='pixel scale ["]')
+    noise: str | None = Field(None, description="path of the FITS noise map (1 sigma)")
+    background_rms: Positive | None = Field(None, description="noise of the background [image unit], without a map")
+    exposure_time: Positive | None = Field(None, description="for photon noise, without a map [s]")
+    gain: Positive = Field(1.0, description="electrons per image unit and second")
+    mask: str | None = Field(None, description="path of a FITS mask")
+    mask_bad: Literal[0, 1] = Field(1, description="value of the mask's bad pixels")
+    pixel_scale: Positive | None = Field(None, description='pixel scale ["]; none: from the header')
     flux_unit: Positive | None = Field(None, description="image units per unit of source_flux; none: from the image")
+    zero_point: float | None = Field(None, description="AB magnitude of one image unit")
+    center_column: float | None = Field(None, description="the deflector's, from 0 [px]; none: preparation finds it")
+    center_row: float | None = Field(None, description="the deflector's, from 0 [px]; none: preparation finds it")
+    fit_radius: Positive | None = Field(None, description='of the disc that is fitted ["]; none: preparation finds it')
     truth: dict[str, float] = Field({}, description="true values of parameters, where they are known")
 
     @property
     def files(self) -> tuple[str, ...]:
         """Files from outside that it names."""
         return tuple(path for path in (self.image, self.noise, self.psf, self.mask) if path)
+
+
+class Preparation(Section):
+    """Observed lenses made ready for a fit: deflector found, arcs looked for, cut-out and mask; see `preparation`."""
+
+    centre_within: Positive = Field(1.2, description='how far from the middle of the image the deflector may be ["]')
+    significance: Positive = Field(
+        4.0, description="of pixels that stand out from the deflector's light, as arcs and companions do [scatter]"
+    )
+    fit_radius_min: Positive = Field(1.2, description='least radius of the disc that is fitted ["]')
+    fit_radius_max: Positive = Field(3.2, description='its greatest; also where no arcs are seen ["]')
+    margin: Positive = Field(0.4, description='between the arcs and the edge of that disc ["]')
+    core_radius: float = Field(
+        0.0, ge=0, description='radius about the deflector that is not fitted ["]; where its PSF is not well known'
+    )
+    inflate_noise: bool = Field(
+        True,
+        description="multiply the noise map by what the scatter of blocks of empty pixels is above it, as drizzling"
+        " makes it; by 1 where it is below",
+    )
 
 
 class Catalogue(Section):
@@ -587,6 +617,9 @@ class Catalogue(Section):
         (), description="CSV or ECSV tables of observed lenses; paths inside are relative to them"
     )
     lenses: tuple[ObservedLens, ...] = Field((), description="observed lenses written here")
+    preparation: Preparation | None = Field(
+        None, description="how observed lenses are made ready; none: their images are fitted as they are"
+    )
 
 
 class Fit(Section):
@@ -690,6 +723,15 @@ class Summary(Section):
         ge=0,
         description="|chi2 per pixel - 1| below this is never flagged: noise maps are not known to better than 1 %",
     )
+    chi2_measured_max: Positive = Field(
+        0.15,
+        description="greatest share by which chi2 per pixel is off what it is in the empty part of the image, where "
+        "that was measured, in place of the two above",
+    )
+    arc_snr_min: float = Field(
+        10, ge=0, description="least signal-to-noise of the lensed source as a whole; below it there may be no arcs"
+    )
+    masked_max: Fraction = Field(0.3, description="greatest share of the fitted disc that may be masked")
     residual_excess_max: float = Field(
         0.1,
         ge=0,
@@ -817,7 +859,8 @@ class Config(Section):
                     f"priors.components.{name}_q ({axis_ratio}) reaches below {SERIES_Q_MIN}, the least axis ratio of "
                     "the series that components are computed by; truncate it"
                 )
-        if unscaled := [lens.name for lens in self.catalogue.lenses if self.lens.light and lens.flux_unit is None]:
+        scaled = not self.lens.light or self.catalogue.preparation is not None
+        if unscaled := [lens.name for lens in self.catalogue.lenses if not (scaled or lens.flux_unit)]:
             found.append(
                 f"catalogue.lenses: {', '.join(unscaled)}: give flux_unit, the brightness of the source at "
                 "source_flux = 1; with lens.light the brightest pixel of the image does not tell it"
@@ -842,6 +885,11 @@ class Config(Section):
     def has_mocks(self) -> bool:
         """Whether the lens catalogue takes in mocks."""
         return self.catalogue.mocks and self.mocks.systems > 0
+
+    @property
+    def has_galaxies(self) -> bool:
+        """Whether unlensed galaxies are needed: to learn the source from, or to be lensed as mocks."""
+        return self.source.kind == "vae" or (self.has_mocks and self.mocks.source == "galaxies")
 
     @property
     def has_survey(self) -> bool:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import coolest_from_phi
-from lenspipe.lens.parameters import LIGHT_PROFILES, MASS_PROFILES, qualified
+from lenspipe.lens.parameters import LIGHT_PROFILES, MASS_PROFILES, MGE_AMPLITUDES, qualified
 from lenspipe.posteriors.reading import observed
 from lenspipe.posteriors.shards import Group, find_lens, groups
 from lenspipe.posteriors.store import parameter_names
@@ -44,6 +44,7 @@ UNREAD = {
     "model_map",
     "model_mean",
     "model_sd",
+    "light_map",
 }
 UNREAD |= {"source_mean", "source_sd"}
 GAUSSIAN_HALF_LIGHT = math.sqrt(2 * math.log(2))  # half-light radius of a Gaussian over its standard deviation
@@ -83,7 +84,7 @@ def template(lens: xr.Dataset, seen: xr.Dataset, settings: Mapping[str, Any]) ->
         "standard": "COOLEST",
         "mode": "MAP",
         "coordinates_origin": {"ra": "00h00m00s", "dec": "+00d00m00s"},
-        "lensing_entities": _numbered(_entities(own, lens, settings, float(seen["flux_unit"]), scale)),
+        "lensing_entities": _numbered(_entities(own, lens, settings, float(seen["light_unit"]), scale)),
         "observation": {
             "pixels": image["image"],
             "noise": {"type": "NoiseMap", "noise_map": image["noise"]},
@@ -114,15 +115,16 @@ def template(lens: xr.Dataset, seen: xr.Dataset, settings: Mapping[str, Any]) ->
 
 
 def _entities(
-    own: Values, lens: xr.Dataset, settings: Mapping[str, Any], flux_unit: float, scale: float
+    own: Values, lens: xr.Dataset, settings: Mapping[str, Any], light_unit: float, scale: float
 ) -> Iterator[dict[str, Any]]:
     """Shear, lens galaxy with its light, further deflectors and source."""
     components, redshift = settings.get("components", {}), settings.get("redshift")
     if apart := [name for name, component in components.items() if component.get("redshift") is not None]:
         raise InputError(f"component {', '.join(apart)}: lenses with several planes are not written as COOLEST yet")
     light = [
-        profile(*LIGHT[kind](_of(own, name, LIGHT_PROFILES[kind]), flux_unit / scale**2))
+        profile(*one)
         for name, kind in settings.get("light", {}).items()
+        for one in LIGHT[kind](_of(own, name, LIGHT_PROFILES[kind]), light_unit / scale**2)
     ]
     main = profile(*_power_law(_of(own, "", MASS_PROFILES["epl"])))
     field = profile(*_shear(_of(own, "", MASS_PROFILES["shear"])))
@@ -162,12 +164,20 @@ def _sheet(p: Values) -> tuple[str, Values]:
     return "ConvergenceSheet", {"kappa_s": p["kappa"]}
 
 
-def _sersic(p: Values, unit: float) -> tuple[str, Values]:
+def _sersic(p: Values, unit: float) -> list[tuple[str, Values]]:
     shape = {"theta_eff": p["R_sersic"], "n": p["n_sersic"], "q": p["q"], "phi": angle(p["phi"])}
-    return "Sersic", {"I_eff": unit * p["amplitude"]} | shape | _centre(p)
+    return [("Sersic", {"I_eff": unit * p["amplitude"]} | shape | _centre(p))]
 
 
-def _gaussian(p: Values, unit: float) -> tuple[str, Values]:
+def _mge(p: Values, unit: float) -> list[tuple[str, Values]]:
+    """Each of its Gaussians."""
+    steps = len(MGE_AMPLITUDES) - 1
+    sds = [p["sd_min"] ** (1 - k / steps) * p["sd_max"] ** (k / steps) for k in range(steps + 1)]
+    terms = zip(MGE_AMPLITUDES, sds, strict=True)
+    return [one for name, sd in terms for one in _gaussian({**p, "amplitude": p[name], "sd": sd}, unit)]
+
+
+def _gaussian(p: Values, unit: float) -> list[tuple[str, Values]]:
     """At its half-light radius a Gaussian has half of its central brightness."""
     same = {"R_sersic": GAUSSIAN_HALF_LIGHT * p["sd"], "n_sersic": np.full_like(p["sd"], 0.5)}
     return _sersic({**p, "amplitude": p["amplitude"] / 2, **same}, unit)
@@ -185,7 +195,11 @@ MASS: dict[str, Callable[[Values], tuple[str, Values]]] = {
     "sheet": _sheet,
 }
 FIELDS = ("shear", "sheet")
-LIGHT: dict[str, Callable[[Values, float], tuple[str, Values]]] = {"sersic": _sersic, "gaussian": _gaussian}
+LIGHT: dict[str, Callable[[Values, float], list[tuple[str, Values]]]] = {
+    "sersic": _sersic,
+    "gaussian": _gaussian,
+    "mge": _mge,
+}
 
 
 def angle(phi: NDArray) -> NDArray:

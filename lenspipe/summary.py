@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from astropy.table import Table
 from numpy.typing import NDArray
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.catalogue.stage import FOUND, read_catalogue
 from lenspipe.config import Summary
 from lenspipe.posteriors.convergence import convergence_of
 from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests
@@ -26,8 +25,16 @@ from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_nam
 from lenspipe.results import Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
-FROM_DRAWS = ("source_total_flux", "source_lensed_flux", "magnification")
+FROM_DRAWS = (
+    "source_total_flux",
+    "source_lensed_flux",
+    "magnification",
+    "source_half_light_radius",
+    "einstein_radius",
+)
+OF_CATALOGUE = (*FOUND, "north", "parity", "zero_point", "z_lens", "z_source", "notes")  # what it has found of a lens
 AS_STORED = (
+    "arc_snr",
     "chi2_per_pixel",
     "predictive_p",
     "pixels",
@@ -42,12 +49,14 @@ AS_STORED = (
     "prior_depth_of",
     "seconds",
 )
-TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of")
+TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of", "notes")
 FIRST = ("name", "status", "flags", "reason", "origin", "snr")
 LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
+LEFT |= {"light_map", "critical_curve", "caustic"}
 PICTURES = ("model_", "source_map", "source_mean", "source_sd", "source_frame")  # beginnings of names; left too
 STATISTICS = ("median", "p16", "p84", "mean", "sd", "r_hat", "ess_bulk", "ess_tail")
-LENGTHS = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "source_size", "einstein_radius")
+LENGTHS: tuple[str, ...] = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "source_size")
+LENGTHS += ("einstein_radius", "source_half_light_radius", "fit_radius", "arc_radius")
 LENGTHS_OF_COMPONENTS = ("alpha_Rs", "Rs", "r_trunc", "R_sersic", "_sd")
 
 
@@ -76,15 +85,17 @@ def write_summary(settings: Summary, paths: Results, workers: int = 1) -> None:
 def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFrame:
     """One row for every lens of the catalogue, in its order, with what is known of it besides."""
     lenses = read_catalogue(paths.catalogue)
-    known = lenses[[key for key in lenses if key.startswith("true_") or key in ("name", "origin", "snr")]]
+    wanted_of_it = ("name", "origin", "snr", *OF_CATALOGUE)
+    known = lenses[[key for key in lenses if key.startswith("true_") or key in wanted_of_it]]
     blocks = [block for group in groups(paths.fit) for block in group.blocks()]
     if min(workers, len(blocks)) <= 1:
-        rows = [block_rows(block, settings) for block in blocks]
+        rows = [block_rows(block) for block in blocks]
     else:
         with ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn")) as pool:
-            rows = list(pool.map(partial(block_rows, settings=settings), blocks))
-    fitted = pd.concat([pd.DataFrame({"name": [], "status": [], "flags": []}, dtype=str), *rows], ignore_index=True)
-    table = known.merge(fitted, "left", on="name", validate="one_to_one")
+            rows = list(pool.map(block_rows, blocks))
+    fitted = pd.concat([pd.DataFrame({"name": []}, dtype=str), *rows], ignore_index=True)
+    table = with_flags(known.merge(fitted, "inner", on="name", validate="one_to_one"), settings)
+    table = known.merge(on_the_sky(table).drop(columns=known.columns.drop("name")), "left", on="name")
     table = table.merge(read_manifests(paths.fit)[["name", "reason"]], "left", on="name", validate="one_to_one")
     table = table.fillna({"status": "failed", "flags": "failed", "reason": "not fitted"})
     if "converged" in table:  # a lens without a fit has none: FITS knows no missing booleans
@@ -94,9 +105,39 @@ def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFram
     return table[[*FIRST, *(column for column in table if column not in (*FIRST, *truths)), *truths]]
 
 
-def block_rows(block: Group, settings: Summary) -> pd.DataFrame:
+def block_rows(block: Group) -> pd.DataFrame:
     """Rows of a block of lenses, from disk."""
-    return group_rows(block.read(wanted(block.variables())), settings)
+    return group_rows(block.read(wanted(block.variables())))
+
+
+def with_flags(table: pd.DataFrame, settings: Summary) -> pd.DataFrame:
+    """Rows of fitted lenses, with what the catalogue knows of them, and their `status` and `flags`."""
+    flags = [" ".join(find_flags(row, settings)) for row in table.to_dict("records")]
+    status = ["flagged" if found else "ok" for found in flags]
+    return table.assign(status=pd.Series(status, table.index, str), flags=pd.Series(flags, table.index, str))
+
+
+def on_the_sky(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with what needs the header or the zero point, NaN where a lens has none.
+
+    `position_angle` [deg], East of North, of the mass, in (-90, 90] at the median; `source_magnitude` [AB].
+    """
+    numbers = table.reindex(columns=["north", "parity", "zero_point"]).astype(float)
+    added: dict[str, Any] = {}
+    if "phi_median" in table and numbers["north"].notna().any():
+        turn = numbers["parity"] * (table["phi_median"] - numbers["north"])
+        middle = -(np.degrees(-turn) + 90) % 180 - 90
+        middle = middle.where(middle != -90, 90.0)
+        sides = [numbers["parity"] * (table[f"phi_{key}"] - table["phi_median"]) for key in ("p16", "p84")]
+        low, high = (np.degrees(f(*(side.to_numpy(float) for side in sides))) for f in (np.minimum, np.maximum))
+        added |= {"median": middle, "p16": middle + low, "p84": middle + high}
+        added = {f"position_angle_{key}": value for key, value in added.items()}
+    if "source_total_flux_median" in table and numbers["zero_point"].notna().any():
+        for key, other in (("median", "median"), ("p16", "p84"), ("p84", "p16")):
+            flux = table[f"source_total_flux_{other}"].to_numpy(float)
+            magnitude = -2.5 * np.log10(np.where(flux > 0, flux, np.nan))
+            added[f"source_magnitude_{key}"] = numbers["zero_point"] + magnitude
+    return table.assign(**added)
 
 
 def wanted(variables: list[str]) -> list[str]:
@@ -131,7 +172,8 @@ def unit_of(column: str) -> str | None:
         return None
     if parameter.endswith(LENGTHS + LENGTHS_OF_COMPONENTS):
         return "arcsec"
-    return "rad" if is_angle(parameter) else {"seconds": "s"}.get(parameter)
+    units = {"seconds": "s", "north": "rad", "position_angle": "deg", "source_magnitude": "mag", "zero_point": "mag"}
+    return "rad" if is_angle(parameter) else units.get(parameter)
 
 
 def ascii_text(column: pd.Series) -> pd.Series:
@@ -139,8 +181,8 @@ def ascii_text(column: pd.Series) -> pd.Series:
     return column.astype(str).map(lambda text: text.encode("ascii", "backslashreplace").decode())
 
 
-def group_rows(group: xr.Dataset, settings: Summary) -> pd.DataFrame:
-    """Rows of all lenses of a group of the store, or of a part of it."""
+def group_rows(group: xr.Dataset) -> pd.DataFrame:
+    """Rows of all lenses of a group of the store, or of a part of it, without status and flags."""
     draws = {name: group[name].to_numpy().astype(float) for name in parameter_names(group)}
     draws |= {name: unwrapped(values) for name, values in draws.items() if is_angle(name)}
     columns: dict[str, NDArray] = {}
@@ -155,12 +197,8 @@ def group_rows(group: xr.Dataset, settings: Summary) -> pd.DataFrame:
     columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
     columns["bfmi_min"] = least_bfmi(group["energy"].to_numpy())
     columns |= {name: group[name].to_numpy() for name in AS_STORED}
-    table = pd.DataFrame(columns)
-    count = group.sizes["chain"] * group.sizes["draw"]
-    flags = [" ".join(find_flags(row, count, settings)) for row in table.to_dict("records")]
+    table = pd.DataFrame(columns | {"draws": group.sizes["chain"] * group.sizes["draw"]})
     table.insert(0, "name", group["name"].to_numpy().astype(str))
-    table.insert(1, "status", ["flagged" if found else "ok" for found in flags])
-    table.insert(2, "flags", flags)
     return table
 
 
@@ -192,19 +230,28 @@ def least_bfmi(energy: NDArray) -> NDArray:
     return array_stats.bfmi(energy).min(-1)
 
 
-def find_flags(row: dict[Any, Any], draws: int, settings: Summary) -> list[str]:
+def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
     """Why a fit should be looked at: names of the thresholds it fails. A quantity that is not a number fails.
 
-    chi^2 and the correlation of residuals fail by size and by significance, not by one of them alone.
+    chi^2 and the correlation of residuals fail by size and by significance, not by one of them alone. Where the empty
+    part of the image was measured, chi^2 is held against what it has there: by its size alone, since pixels are not
+    independent then.
     """
     p, chi2, excess = row["predictive_p"], row["chi2_per_pixel"], row["residual_excess"]
+    measured = row.get("chi2_expected", np.nan)
+    if measured > 0:
+        chi2_high = chi2 <= measured * (1 + settings.chi2_measured_max)
+        chi2_low = chi2 >= measured / (1 + settings.chi2_measured_max)
+    else:
+        chi2_high = p >= settings.predictive_p_min or chi2 <= 1 + settings.chi2_floor
+        chi2_low = p <= 1 - settings.predictive_p_min or chi2 >= 1 - settings.chi2_floor
     passed = {
         "r_hat": row["r_hat_max"] <= settings.r_hat_max,
         "ess": row["ess_bulk_min"] >= settings.ess_bulk_min and row["ess_tail_min"] >= settings.ess_tail_min,
-        "divergences": row["divergences"] <= settings.divergence_fraction_max * draws,
+        "divergences": row["divergences"] <= settings.divergence_fraction_max * row["draws"],
         "energy": row["bfmi_min"] >= settings.bfmi_min,
-        "chi2_high": p >= settings.predictive_p_min or chi2 <= 1 + settings.chi2_floor,
-        "chi2_low": p <= 1 - settings.predictive_p_min or chi2 >= 1 - settings.chi2_floor,
+        "chi2_high": chi2_high,
+        "chi2_low": chi2_low,
         "residuals": excess <= settings.residual_excess_max
         or excess <= settings.residual_significance * row["residual_excess_error"],
         "map_not_converged": bool(row["converged"]),
@@ -212,6 +259,9 @@ def find_flags(row: dict[Any, Any], draws: int, settings: Summary) -> list[str]:
         "rival_basin": row["evidence_lead"] >= settings.evidence_lead_min,
         "prior_edge": row["prior_depth"] <= settings.prior_depth_max,
         "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
+        "no_arcs": row["arc_snr"] >= settings.arc_snr_min,
+        "companion": not row.get("companions", 0) > 0,
+        "masked": not row.get("masked", 0) > settings.masked_max,
     }
     return [name for name, good in passed.items() if not good]
 

@@ -15,8 +15,8 @@ from lenspipe.posteriors.writing import write_shard
 
 CENTRES = {"theta_E": 1.2, "gamma": 2.0, "q": 0.8, "source_size": 1.5, "source_flux": 1.0}
 DIAGNOSTICS = ("chi2_per_pixel", "predictive_p", "residual_correlation", "residual_excess", "residual_excess_error")
-DIAGNOSTICS += ("evidence_lead", "prior_depth", "log_density_map", "step_size", "einstein_radius_map")
-FLUXES = ("source_total_flux", "source_lensed_flux", "magnification")
+DIAGNOSTICS += ("evidence_lead", "prior_depth", "log_density_map", "step_size", "einstein_radius_map", "arc_snr")
+FLUXES = ("source_total_flux", "source_lensed_flux", "magnification", "source_half_light_radius", "einstein_radius")
 START_COUNT, BASIN_COUNT, SAMPLE_COUNT = 8, 2, 100
 
 
@@ -53,12 +53,13 @@ def posteriors(
     data |= {name: (("lens", "y", "x"), normal(pixels, pixels, dtype="float32")) for name in IMAGES}
     source = ("lens", "source_row", "source_column")
     data |= {name: (source, normal(64, 64, dtype="float32")) for name in SOURCES}
+    data |= {name: (("lens", "curve_point", "axis"), normal(30, 2)) for name in ("critical_curve", "caustic")}
     data["source_frame"] = (("lens", "frame"), normal(3, dtype="float32"))
     data |= {name: (("lens", "sample"), np.abs(normal(min(SAMPLE_COUNT, chains * draws)))) for name in FLUXES}
     return xr.Dataset(data)
 
 
-IMAGES = ("model_map", "model_mean", "model_sd")
+IMAGES = ("model_map", "model_mean", "model_sd", "light_map")
 SOURCES = ("source_map", "source_mean", "source_sd")
 
 
@@ -89,7 +90,10 @@ def write_catalogue(
                 "noise": (("lens", "y", "x"), np.ones((len(names), pixels, pixels), "float32")),
                 "usable": (("lens", "y", "x"), np.ones((len(names), pixels, pixels), bool)),
                 "psf": (("lens", "psf_y", "psf_x"), np.full((len(names), 3, 3), 1 / 9, "float32")),
+                "first_light": (("lens", "y", "x"), np.zeros((len(names), pixels, pixels), "float32")),
+                "arcs": (("lens", "y", "x"), np.zeros((len(names), pixels, pixels), bool)),
                 "flux_unit": ("lens", np.ones(len(names))),
+                "light_unit": ("lens", np.ones(len(names))),
                 "pixel_scale": ("lens", np.full(len(names), 0.1)),
                 "name": ("lens", np.array(names, dtype=object)),
             }

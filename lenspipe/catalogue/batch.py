@@ -14,7 +14,8 @@ class LensBatch:
     """Lenses of one image shape and one PSF shape.
 
     image, noise: [lens, ny, nx], in the image's own units; usable: [lens, ny, nx] bool; psf: [lens, ky, kx], sum 1;
-    pixel_scale: [lens] ["]; flux_unit: [lens], image units for one unit of `source_flux`.
+    pixel_scale: [lens] ["]; flux_unit: [lens], image units for one unit of `source_flux`; light_unit: [lens], image
+    units for one unit of an amplitude of the lens galaxy's light.
     """
 
     names: tuple[str, ...]
@@ -24,6 +25,7 @@ class LensBatch:
     psf: Tensor
     pixel_scale: Tensor
     flux_unit: Tensor
+    light_unit: Tensor
 
     def __len__(self) -> int:
         return len(self.names)

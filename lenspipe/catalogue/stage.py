@@ -27,6 +27,20 @@ from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
 from lenspipe.results import AS_WRITTEN
 
+FOUND = (
+    "column",
+    "row",
+    "background",
+    "background_sd",
+    "fit_radius",
+    "arc_radius",
+    "first_arc_snr",
+    "companions",
+    "masked",
+    "noise_correlation",
+    "noise_inflation",
+    "chi2_expected",
+)  # of `Prepared`, in the table of lenses
 ARRAYS = {"image": "<f4", "noise": "<f4", "usable": "bool", "psf": "<f4"}  # of a lens, as they are stored
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 
@@ -42,15 +56,15 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
     with artefact.written_whole(out) as folder:
         store = _Store(folder)
         for entry in track(entries, description="catalogue"):
-            row = {"name": entry.name, "origin": entry.origin, "pixel_scale": entry.pixel_scale}
+            row: dict[str, object] = {"name": entry.name, "origin": entry.origin, "pixel_scale": np.nan}
             try:
-                lens = read_lens(entry.image, entry.noise, entry.psf, entry.mask, entry.flux_unit)
+                lens = read_lens(entry.files, None if entry.origin == "mock" else settings.preparation)
             except InputError as error:
                 row |= {"status": "failed", "reason": str(error), "bucket": "", "snr": np.nan, "hash": ""}
             else:
                 bucket = store.add(entry, lens)
-                row |= {"status": "usable", "reason": "", "bucket": bucket, "snr": lens.signal_to_noise}
-                row["hash"] = data_hash(lens, entry.pixel_scale)
+                row |= {"pixel_scale": lens.pixel_scale, "status": "usable", "reason": "", "bucket": bucket}
+                row |= {"snr": lens.signal_to_noise, "hash": data_hash(lens)} | findings(lens) | entry.facts
             rows.append(row | {f"true_{name}": value for name, value in completed(entry.truth).items()})
         store.flush()
         inputs = [*([mocks] if mocks else []), *(expand_path(table) for table in settings.tables)]
@@ -60,9 +74,17 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
             pd.DataFrame(rows).to_csv(table, index=False)
 
 
-def data_hash(lens: LensImage, pixel_scale: float) -> str:
+def findings(lens: LensImage) -> dict[str, object]:
+    """What the table of lenses says of one beside what it needs: columns of `FOUND` and their values."""
+    row: dict[str, object] = {"north": lens.north, "parity": lens.parity, "notes": "; ".join(lens.notes)}
+    units = {"flux_unit": lens.flux_unit, "light_unit": lens.light_unit}
+    return row | units | ({} if lens.prepared is None else {key: getattr(lens.prepared, key) for key in FOUND})
+
+
+def data_hash(lens: LensImage) -> str:
     """SHA-256 of all that a fit sees of a lens, as it is stored; its name aside."""
-    digest = hashlib.sha256(json.dumps([pixel_scale, lens.flux_unit, lens.image.shape, lens.psf.shape]).encode())
+    numbers = [lens.pixel_scale, lens.flux_unit, lens.light_unit, lens.image.shape, lens.psf.shape]
+    digest = hashlib.sha256(json.dumps(numbers).encode())
     for name, dtype in ARRAYS.items():
         digest.update(getattr(lens, name).astype(dtype).tobytes())
     return digest.hexdigest()
@@ -96,9 +118,16 @@ def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> 
     group = xr.open_zarr(out, group=bucket, consolidated=False)
     position = {name: row for row, name in enumerate(group["name"].to_numpy().tolist())}
     lenses = group.isel(lens=[position[name] for name in names])
-    parts = ("image", "noise", "usable", "psf", "pixel_scale", "flux_unit")
+    parts = ("image", "noise", "usable", "psf", "pixel_scale", "flux_unit", "light_unit")
     tensors = {name: torch.from_numpy(lenses[name].to_numpy()) for name in parts}
     return LensBatch(tuple(names), **tensors).to(dtype)
+
+
+def first_look(lens: LensImage) -> tuple[np.ndarray, np.ndarray]:
+    """The deflector's light of the first look and where arcs were seen, for pictures; blank where there was none."""
+    if lens.prepared is None:
+        return np.zeros(lens.image.shape, dtype="<f4"), np.zeros(lens.image.shape, dtype=bool)
+    return lens.prepared.light.astype("<f4"), lens.prepared.arcs
 
 
 class _Store:
@@ -134,8 +163,11 @@ class _Store:
                 "noise": (("lens", "y", "x"), stack("noise")),
                 "usable": (("lens", "y", "x"), stack("usable")),
                 "psf": (("lens", "psf_y", "psf_x"), stack("psf")),
+                "first_light": (("lens", "y", "x"), np.stack([first_look(lens)[0] for lens in lenses])),
+                "arcs": (("lens", "y", "x"), np.stack([first_look(lens)[1] for lens in lenses])),
                 "flux_unit": ("lens", stack("flux_unit")),
-                "pixel_scale": ("lens", np.array([entry.pixel_scale for entry in entries])),
+                "light_unit": ("lens", stack("light_unit")),
+                "pixel_scale": ("lens", stack("pixel_scale")),
                 "name": ("lens", np.array([entry.name for entry in entries], dtype=object)),
             }
         )

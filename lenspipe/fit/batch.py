@@ -202,9 +202,33 @@ def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr
     data["converged"] = ("lens", found.converged.numpy())
     data["step_size"] = ("lens", draws.step_size.numpy())
     data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
+    data["arc_snr"] = ("lens", derived.lensed_signal_to_noise(model, found.w))
+    data |= _critical_curves(model, found.w, draws.w)
     data |= diagnostics.variables(model, found, draws)
     data["basin_parameters"] = (("lens", "basin", "parameter"), _of_basins(model, found, xr.Dataset(data)))
     return xr.Dataset(data | _pictures(model, found.w, draws.w))
+
+
+def _critical_curves(
+    model: LensModel, w_map: torch.Tensor, draws: torch.Tensor
+) -> dict[str, tuple[object, np.ndarray]]:
+    """Critical curve and caustic at the MAP, and the Einstein radius that follows from the curves of spread draws."""
+    chosen = _spread(draws)
+    found = [derived.critical_curves(model, i, torch.cat([w_map[i : i + 1], chosen[i]])) for i in range(len(w_map))]
+    curves, caustics = (np.stack([both[i] for both in found]) for i in (0, 1))
+    lens, point = curves.shape[0], ("lens", "curve_point", "axis")
+    radii = derived.equal_area_radius(curves.reshape(-1, *curves.shape[2:])).reshape(lens, -1)
+    return {
+        "critical_curve": (point, curves[:, 0]),
+        "caustic": (point, caustics[:, 0]),
+        "einstein_radius": (("lens", "sample"), radii[:, 1:]),
+    }
+
+
+def _spread(draws: torch.Tensor) -> torch.Tensor:
+    """At most PICTURE_DRAWS of the draws [lens, chain, draw, size], spread evenly: [lens, n, size]."""
+    flat = draws.flatten(1, 2)
+    return flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()]
 
 
 def _of_basins(model: LensModel, found: map_search.MapFit, data: xr.Dataset) -> np.ndarray:
@@ -229,14 +253,15 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     """
     image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
     unit = model.batch.flux_unit[:, None, None]
-    flat = draws.flatten(1, 2)
-    chosen = flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()].unbind(1)
+    chosen = _spread(draws).unbind(1)
     models = torch.stack([model.image(w) for w in chosen])
     total, lensed = (torch.stack(f, 1) for f in zip(*(derived.source_fluxes(model, w) for w in chosen), strict=True))
+    radius = torch.stack([derived.half_light_radius(model, w) for w in chosen], 1)
     frame = model.source_frame(w_map)
     sources = torch.stack([model.source_plane(w, frame) for w in chosen])
     return {
         "model_map": (image, (unit * model.image(w_map)).numpy()),
+        "light_map": (image, (unit * derived.lens_light(model, w_map)).numpy()),
         "model_mean": (image, (unit * models.mean(0)).numpy()),
         "model_sd": (image, (unit * models.std(0)).numpy()),
         "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
@@ -246,4 +271,5 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
         "source_total_flux": (("lens", "sample"), (unit[:, 0] * total).numpy()),
         "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),
         "magnification": (("lens", "sample"), (lensed / total).numpy()),
+        "source_half_light_radius": (("lens", "sample"), radius.numpy()),
     }

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from lenspipe.fit.model import LensModel
 from lenspipe.image.simulator import Parameters, Simulator
+from lenspipe.image.source_plane import light_centre
 from lenspipe.lens import derived
 from lenspipe.lens.profiles import Vector
 
+ANGLES = 90  # directions in which a critical curve is looked for
+REACH = 4.0  # how far out, in Einstein radii
 GRID = 100  # points a side at which critical curves and images are looked for; both are then brought to their place
 FAINTEST = 0.1  # magnification of the faintest image that counts: the central one of a shallow lens may be among them
 
@@ -52,6 +55,67 @@ def geometry(model: LensModel, w: Tensor) -> dict[str, np.ndarray]:
         radii.append(radius)
         counts.append(number)
     return {"einstein_radius": np.array(radii), "images": np.array(counts)}
+
+
+@torch.no_grad()
+def lensed_signal_to_noise(model: LensModel, w: Tensor) -> np.ndarray:
+    """Signal-to-noise [lens] of the lensed source as a whole, as a filter of its own shape would have it."""
+    source = model.source(model.split(w)[1])
+    image = model.simulator.observe(model.simulator.source_rays(model.parameters(w), source)[:, None])[:, 0]
+    return (image * model.weight).double().square().sum((-2, -1)).sqrt().numpy()
+
+
+@torch.no_grad()
+def half_light_radius(model: LensModel, w: Tensor) -> Tensor:
+    """Radius ["] [lens] about the centre of the source's light that holds half of what is positive of it."""
+    source = model.source(model.split(w)[1]).clamp(min=0)
+    n = source.shape[-1]
+    axis = (torch.arange(n, dtype=source.dtype, device=source.device) - (n - 1) / 2) / n
+    u, v = light_centre(source)
+    radius = torch.hypot(axis - u[:, None, None], axis[:, None] - v[:, None, None]).flatten(1)
+    order = radius.argsort(1)
+    within = source.flatten(1).gather(1, order).cumsum(1)
+    half = (within >= within[:, -1:] / 2).to(torch.uint8).argmax(1, keepdim=True)
+    return radius.gather(1, order).gather(1, half)[:, 0] * model.parameters(w)["source_size"]
+
+
+@torch.no_grad()
+def lens_light(model: LensModel, w: Tensor) -> Tensor:
+    """Image of the lens galaxy alone, blurred by the PSF, in flux units [lens, ny, nx]; zero where it has none."""
+    rays = model.simulator.lens_light(model.parameters(w))
+    return torch.zeros_like(model.data) if rays is None else model.simulator.observe(rays[:, None])[:, 0]
+
+
+@torch.no_grad()
+def critical_curves(model: LensModel, lens: int, w: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Outer tangential critical curves of one lens at points w [n, size], and their caustics: [n, ANGLES, 2] ["].
+
+    NaN where a ray from the lens's centre does not cross one once.
+    """
+    row = torch.full((len(w),), lens)
+    p = {name: value.double() for name, value in model.parameters(w).items()}
+    optics = replace(model.optics, deflection=None)
+    psf = model.batch.psf[row[:1]].double()
+    simulator = Simulator(optics, psf, model.batch.pixel_scale[row[:1]].double(), model.simulator.shape)
+    angles = torch.arange(ANGLES, dtype=torch.float64) * (2 * torch.pi / ANGLES)
+
+    def deflection(x: Tensor, y: Tensor) -> Vector:
+        return simulator.deflection_at(x, y, p)
+
+    centre = p["center_x"], p["center_y"]
+    radii = derived.tangential_radii(deflection, centre, REACH * p["theta_E"], angles)
+    x = centre[0][:, None] + radii * torch.cos(angles)
+    y = centre[1][:, None] + radii * torch.sin(angles)
+    a, b = deflection(x.nan_to_num(), y.nan_to_num())
+    curves = torch.stack([x, y], -1)
+    caustics = torch.stack([x - a, y - b], -1)
+    return curves.numpy(), torch.where(curves.isfinite(), caustics, torch.nan).numpy()
+
+
+def equal_area_radius(curves: np.ndarray) -> np.ndarray:
+    """Radius ["] [n] of circles with the areas within closed curves [n, point, 2]; NaN for curves with gaps."""
+    x, y = curves[..., 0], curves[..., 1]
+    return np.sqrt(np.abs((x * np.roll(y, -1, -1) - y * np.roll(x, -1, -1)).sum(-1)) / (2 * np.pi))
 
 
 def _radius_and_images(simulator: Simulator, p: Parameters, half_width: float) -> tuple[float, int]:

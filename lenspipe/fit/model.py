@@ -53,7 +53,8 @@ class LensModel:
         self.data = batch.image / unit
         self.weight = batch.usable / (batch.noise / unit)
         self.data = torch.where(batch.usable, self.data, 0.0)
-        self.simulator = Simulator(optics, batch.psf, batch.pixel_scale, tuple(batch.image.shape[-2:]))  # type: ignore[arg-type]
+        ny, nx = batch.image.shape[-2:]
+        self.simulator = Simulator(optics, batch.psf, batch.pixel_scale, (ny, nx), batch.light_unit / batch.flux_unit)
         self.blank = (self.data * self.weight).square().sum((-2, -1), dtype=torch.float64)  # chi^2 without light
         self.reach = max(batch.psf.shape[-2:]) // 2
         edges = (extent(batch.usable.amax(axis)) for axis in (2, 1))

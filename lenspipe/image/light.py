@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.lens.coordinates import rotate
-from lenspipe.lens.parameters import LIGHT_PROFILES, component_parameters, qualified
+from lenspipe.lens.parameters import LIGHT_PROFILES, MGE_AMPLITUDES, component_parameters, qualified
 
 
 def elliptical_radius2(x: Tensor, y: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor) -> Tensor:
@@ -50,7 +50,33 @@ def gaussian(
     return amplitude * torch.exp(-elliptical_radius2(x, y, q, phi, center_x, center_y) / (2 * sd**2))
 
 
-PROFILES: dict[str, Callable[..., Tensor]] = {"sersic": sersic, "gaussian": gaussian}
+def mge(
+    x: Tensor,
+    y: Tensor,
+    *,
+    sd_min: Tensor,
+    sd_max: Tensor,
+    q: Tensor,
+    phi: Tensor,
+    center_x: Tensor,
+    center_y: Tensor,
+    **amplitudes: Tensor,
+) -> Tensor:
+    """Multi-Gaussian expansion (Cappellari 2002): Gaussians of one shape, amplitudes `amplitude0` and so on.
+
+    Their standard deviations on the intermediate axis, in even ratios from `sd_min` to `sd_max` ["], are given, so
+    that the profile is linear in its amplitudes.
+    """
+    radius2 = elliptical_radius2(x, y, q, phi, center_x, center_y)
+    share = torch.linspace(0, 1, len(MGE_AMPLITUDES), dtype=x.dtype, device=x.device)
+    share = share.reshape(-1, *[1] * x.dim())  # all Gaussians at once: forward mode costs by the operation
+    precision = torch.exp(-2 * ((1 - share) * torch.log(sd_min) + share * torch.log(sd_max)))
+    heights = torch.stack([amplitudes[name] + x.new_zeros([1] * x.dim()) for name in MGE_AMPLITUDES])
+    return (heights * torch.exp(radius2 * (-0.5 * precision))).sum(0)
+
+
+PROFILES: dict[str, Callable[..., Tensor]] = {"sersic": sersic, "gaussian": gaussian, "mge": mge}
+AMPLITUDES = {"sersic": ("amplitude",), "gaussian": ("amplitude",), "mge": MGE_AMPLITUDES}
 
 
 @dataclass(frozen=True)
@@ -80,11 +106,13 @@ class Light:
         return total
 
     def columns(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Each component with amplitude 1, for `linear_amplitudes`: x, y [lens, ...] to [lens, component, ...]."""
+        """Each amplitude in turn 1, all others 0, for `linear_amplitudes`: x, y [lens, ...] to [lens, k, ...]."""
         parts = []
         for component, profile in self.profiles.items():
             own = self._own(component, profile, parameters)
-            parts.append(PROFILES[profile](x, y, **own | {"amplitude": torch.ones_like(own["amplitude"])}))
+            none = {name: torch.zeros_like(own[name]) for name in AMPLITUDES[profile]}
+            for name in none:
+                parts.append(PROFILES[profile](x, y, **own | none | {name: torch.ones_like(own[name])}))
         return torch.stack(parts, dim=1)
 
     def _own(self, component: str, profile: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,12 +77,21 @@ class Optics:
 class Simulator:
     """The forward model of a batch of images of one shape (ny, nx).
 
-    psf: [lens, ky, kx], sum 1; pixel_scale: [lens] ["].
+    psf: [lens, ky, kx], sum 1; pixel_scale: [lens] ["]; light_unit: [lens], brightness that an amplitude of 1 of the
+    lens galaxy's light has, 1 where it is none.
     """
 
-    def __init__(self, optics: Optics, psf: Tensor, pixel_scale: Tensor, shape: tuple[int, int]):
+    def __init__(
+        self,
+        optics: Optics,
+        psf: Tensor,
+        pixel_scale: Tensor,
+        shape: tuple[int, int],
+        light_unit: Tensor | None = None,
+    ):
         self.optics, self.shape = optics, shape
         self.psf, self.pixel_scale = psf, pixel_scale
+        self.light_unit = torch.ones_like(pixel_scale) if light_unit is None else light_unit
         self._convolutions: dict[tuple[int, int], Convolution] = {}
 
     @cached_property
@@ -111,7 +120,7 @@ class Simulator:
 
     def within(self, window: Window, rows: Tensor) -> Simulator:
         """The forward model of the windows [n] of the lenses at `rows` [n]; no light from outside is blurred in."""
-        part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], window.size)
+        part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], window.size, self.light_unit[rows])
         s = self.optics.supersampling
         y, x = (
             self.pixel_scale[rows, None] * (first[:, None] + (torch.arange(s * size).to(self.psf) + 0.5) / s - side / 2)
@@ -123,7 +132,7 @@ class Simulator:
 
     def take(self, rows: Tensor) -> Simulator:
         """The forward model of the lenses at `rows` [n]."""
-        part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], self.shape)
+        part = Simulator(self.optics, self.psf[rows], self.pixel_scale[rows], self.shape, self.light_unit[rows])
         part.x, part.y, part.convolution = self.x[rows], self.y[rows], self.convolution.take(rows)
         return part
 
@@ -206,7 +215,8 @@ class Simulator:
         """Brightness of the lens galaxy along the rays [lens, ny s, nx s]; none where the optics has no light."""
         if self.optics.light is None:
             return None
-        return self.optics.light.brightness(self.x, self.y, {name: value[:, None, None] for name, value in p.items()})
+        column = {name: value[:, None, None] for name, value in p.items()}
+        return self.light_unit[:, None, None] * self.optics.light.brightness(self.x, self.y, column)
 
     def source_rays(self, p: Parameters, source: Tensor | Brightness) -> Tensor:
         """Brightness of the lensed source along the rays, without PSF: [lens, ny s, nx s]; see `image`."""
@@ -228,7 +238,7 @@ class Simulator:
         return image + p["background"][:, None, None] if "background" in p else image
 
     def fitted_amplitudes(self, p: Parameters, image: Tensor, data: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Amplitudes [lens, component] of the lens galaxy's light that fit best, given all else, and their covariance.
+        """Amplitudes [lens, k] of the lens galaxy's light that fit best, given all else, and their covariance.
 
         image: the prediction without lens light; data, weight = 1 / noise or 0: [lens, ny, nx]. Raises ValueError
         where the optics has no light, torch.linalg.LinAlgError where components are alike.
@@ -236,8 +246,8 @@ class Simulator:
         if self.optics.light is None:
             raise ValueError("the optics has no light of the lens galaxy")
         column = {name: value[:, None, None] for name, value in p.items()}
-        columns = self.observe(self.optics.light.columns(self.x, self.y, column))
-        return linear_amplitudes(columns, data - image, weight)
+        columns = self.light_unit[:, None, None, None] * self.optics.light.columns(self.x, self.y, column)
+        return linear_amplitudes(self.observe(columns), data - image, weight)
 
     def brightness_gradient(self, points: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rays I(u, v) of one source a lens and their derivatives dI/du and dI/dv: three [lens, ny s, nx s].

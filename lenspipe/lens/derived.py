@@ -27,6 +27,7 @@ ON_CURVE = 1e-7  # greatest eigenvalue at a point of a critical curve
 SOLVED = 1e-9  # greatest distance ["] in the source plane between an image, traced back, and its source
 SHIFT = 1e-5  # step of finite differences ["]
 THERE = 1e-12  # distance ["] in the source plane at which Newton's method has found an image
+BISECTIONS = 22  # of a ray, for a critical curve to a millionth of its size
 SAME = 1e-5  # images closer than this ["] are one
 
 
@@ -140,6 +141,41 @@ def einstein_radius(deflection: Deflection, half_width: float, pixels: int = 400
     """Radius ["] of the circle with the area of the largest tangential critical curve; NaN where there is none."""
     tangential = _curves(deflection, half_width, 0, _eigenvalue_fields(deflection, half_width, pixels)[0])
     return float(np.sqrt(max(map(enclosed_area, tangential)) / np.pi)) if tangential else float("nan")
+
+
+def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, angles: Tensor) -> Tensor:
+    """Distance ["] of the outer tangential critical curve from `centre` in given directions, of many lenses at once.
+
+    deflection: of x, y [lens, n]; centre, largest: [lens], the latter beyond the curve ["]; angles: [n]. By bisection
+    of the first eigenvalue, which is negative within: for curves that every ray crosses once, such as those of an
+    elliptical power law with shear. NaN where a ray has no crossing.
+    """
+    cos, sin = torch.cos(angles), torch.sin(angles)
+
+    def within(radius: Tensor) -> Tensor:
+        x, y = centre[0][:, None] + radius * cos, centre[1][:, None] + radius * sin
+        _, _, xx, xy, yx, yy = _by_differences_of_many(deflection, x, y)
+        middle = torch.sqrt(((xx + yy) / 2) ** 2 + ((xy - yx) / 2) ** 2) * torch.sign(xx + yy)
+        return middle - torch.hypot((xx - yy) / 2, (xy + yx) / 2) < 0
+
+    high = largest[:, None].expand(-1, len(angles)).clone()
+    low = 0.02 * high
+    crosses = within(low) & ~within(high)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        inside = within(middle)
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return torch.where(crosses, (low + high) / 2, torch.nan)
+
+
+def _by_differences_of_many(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """As `_by_differences`, of points [lens, n]."""
+    steps = torch.tensor([[0.0, 0.0], [SHIFT, 0.0], [-SHIFT, 0.0], [0.0, SHIFT], [0.0, -SHIFT]], dtype=x.dtype)
+    at_x, at_y = (torch.cat([axis + step for step in steps[:, i]], 1) for i, axis in enumerate((x, y)))
+    a, b = deflection(at_x, at_y)
+    u, v = ((at - by).unflatten(1, (5, -1)).unbind(1) for at, by in ((at_x, a), (at_y, b)))
+    slopes = [(s[i] - s[i + 1]) / (2 * SHIFT) for s, i in ((u, 1), (u, 3), (v, 1), (v, 3))]
+    return u[0], v[0], *slopes
 
 
 def image_positions(

@@ -18,9 +18,11 @@ MASS_PROFILES: dict[str, tuple[str, ...]] = {
 }
 
 
+MGE_AMPLITUDES = tuple(f"amplitude{k}" for k in range(6))  # of the Gaussians of a multi-Gaussian expansion
 LIGHT_PROFILES: dict[str, tuple[str, ...]] = {
     "sersic": ("amplitude", "R_sersic", "n_sersic", "q", "phi", *CENTER),
     "gaussian": ("amplitude", "sd", "q", "phi", *CENTER),
+    "mge": (*MGE_AMPLITUDES, "sd_min", "sd_max", "q", "phi", *CENTER),
 }
 
 

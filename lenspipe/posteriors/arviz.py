@@ -7,9 +7,9 @@ functions of ArviZ 0.23.4, which is what there is on Python 3.11, take `arviz.fr
 |---|---|
 | `posterior` | parameters and `latent`, the source's unknowns (chain, draw, ...) |
 | `sample_stats` | `lp`, `energy`, `diverging`, `acceptance_rate` (chain, draw) |
-| `observed_data` | `image`, `noise`, `usable`, `psf`, `pixel_scale`, `flux_unit`: the lens in the catalogue |
+| `observed_data` | `image`, `noise`, `usable`, `psf`, `pixel_scale`, units, first look: the lens in the catalogue |
 | `posterior_predictive` | `image_mean`, `image_sd` of the model image, `source_mean`, `source_sd` (image units) |
-| `map` | parameters, `image`, `source`, `log_density` and more at the maximum of the posterior |
+| `map` | parameters, `image`, `light`, `source`, `log_density` and more at the maximum of the posterior |
 | `basins` | parameters, `log_density`, `log_evidence`, unknowns `w` of the best solution and its runner-up (or NaN) |
 | `diagnostics` | what else the fit has found |
 """
@@ -54,7 +54,7 @@ def tree(lens: xr.Dataset, observed: xr.Dataset | None) -> xr.DataTree:
 
 
 def _map_name(name: str) -> str:
-    return {"model_map": "image"}.get(name, name.removesuffix("_map"))
+    return {"model_map": "image", "light_map": "light"}.get(name, name.removesuffix("_map"))
 
 
 def _basin_parameters(lens: xr.Dataset, parameters: list[str]) -> xr.Dataset:

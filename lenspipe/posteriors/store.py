@@ -9,15 +9,17 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `latent`, the source's unknowns (standard normal) | lens, chain, draw, source_unknown |
 | `log_density, acceptance, diverging, energy` | lens, chain, draw |
 | `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
-| `einstein_radius_map` ["], of the critical curve; `images_map`, of the source's centre | lens |
+| `einstein_radius_map` ["], of the critical curve; `images_map`, of the source's centre; `arc_snr` | lens |
+| `critical_curve, caustic` at the MAP ["], NaN where rays from the centre cross it more or less than once | ... |
 | `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
+| `source_half_light_radius, einstein_radius` ["], of the same draws | lens, sample |
 | `start_log_density`; `start_basin`, the basin that a start ended in, 0 the best | lens, start |
 | `basin_log_density`, `basin_log_evidence` (Laplace), best first, NaN where there are fewer | lens, basin |
 | `basin_parameters`, the same solutions' parameters in the order of `parameter_names` | lens, basin, parameter |
 | `basin_w`, the unknowns of each solution (standard normal) | lens, basin, unknown |
 | `predictive_p`, `residual_correlation`, `residual_excess` and its `_error`, `starts, starts_agreeing` | lens |
 | `evidence_lead` [nat]; `prior_depth`, the greatest median of a named unknown's size; `prior_depth_of`, whose | lens |
-| `model_map, model_mean, model_sd` (image units) | lens, y, x |
+| `model_map, model_mean, model_sd`; `light_map`, the lens galaxy alone (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |
 | `source_frame`: x and y of the centre and the full width of those three ["] | lens, frame |
 """

@@ -140,30 +140,86 @@ def side_steps(truth: NDArray) -> NDArray:
     return steps
 
 
-def image_plane(image: NDArray, model: NDArray, noise: NDArray, usable: NDArray, pixel_scale: float) -> Figure:
-    """Observed image, model and residual [sigma], all [y, x], on axes in arcsec; masked pixels are grey."""
+def image_plane(
+    image: NDArray, model: NDArray, noise: NDArray, usable: NDArray, pixel_scale: float, curve: NDArray
+) -> Figure:
+    """Observed image, model and residual [sigma], all [y, x], on axes in arcsec; masked pixels are grey.
+
+    curve: critical curve [point, 2] ["], NaN where it is not known.
+    """
     data = np.where(usable, image, np.nan)
     residual = np.where(usable, (image - model) / noise, np.nan)
     top = float(max(np.nanpercentile(data, 99.9), model.max()))
     bottom = float(min(np.nanpercentile(data, 1), 0.0))
-    half_y, half_x = (0.5 * n * pixel_scale for n in image.shape)
-    extent = (-half_x, half_x, -half_y, half_y)
+    extent = image_extent(image, pixel_scale)
     figure, panels, bars = three_panels(("observed", "model (posterior mean)", "observed − model"))
     with rc_context(STYLE):
         for panel, picture in zip(panels, (data, model), strict=False):
             shown = _image(panel, picture, extent, "light", bottom, top)
+        _curve(panels[1], curve)
         figure.colorbar(shown, cax=bars[0], label="flux [image units]")
         figure.colorbar(_residual_image(panels[2], residual, extent), cax=bars[1], label=r"residual [$\sigma$]")
     return figure
 
 
+def arcs_plane(
+    image: NDArray,
+    light: NDArray,
+    model: NDArray,
+    first_light: NDArray,
+    arcs: NDArray,
+    usable: NDArray,
+    noise: NDArray,
+    pixel_scale: float,
+    curve: NDArray,
+) -> Figure:
+    """Observed image and model without the lens galaxy's light, and what the first look at the image left [sigma].
+
+    All [y, x]; light, model: at the MAP; arcs: outlined in the third panel. Masked pixels are grey.
+    """
+    data, arc_model = np.where(usable, image - light, np.nan), model - light
+    top = float(max(np.percentile(arc_model[usable], 99.8), 3 * np.median(noise[usable])))
+    extent = image_extent(image, pixel_scale)
+    titles = ("observed − lens light (MAP)", "lensed source (MAP)", "first look, arcs outlined")
+    figure, panels, bars = three_panels(titles)
+    with rc_context(STYLE):
+        for panel, picture in zip(panels, (data, arc_model), strict=False):
+            shown = _image(panel, picture, extent, "light", -0.2 * top, top)
+            _curve(panel, curve)
+        left = np.where(usable, (image - first_light) / noise, np.nan)
+        first = _residual_image(panels[2], left, extent)
+        if arcs.any():
+            panels[2].contour(arcs, [0.5], colors=TRUTH, linewidths=0.8, extent=extent, origin="lower")
+        figure.colorbar(shown, cax=bars[0], label="flux [image units]", extend="both")
+        figure.colorbar(first, cax=bars[1], label=r"observed − light [$\sigma$]")
+    return figure
+
+
+def image_extent(image: NDArray, pixel_scale: float) -> Extent:
+    """Left, right, bottom and top ["] of an image [y, x] with its middle at zero."""
+    half_y, half_x = (0.5 * n * pixel_scale for n in image.shape)
+    return (-half_x, half_x, -half_y, half_y)
+
+
+def _curve(axes: Axes, curve: NDArray) -> None:
+    """A closed curve [point, 2] ["]; nothing where it is not known."""
+    if np.isfinite(curve).all():
+        axes.plot(*np.concatenate([curve, curve[:1]]).T, color="w", lw=0.8, ls="--", scalex=False, scaley=False)
+
+
 def source_plane(
-    mean: NDArray, spread: NDArray, extent: Extent, other: NDArray, other_extent: Extent, other_title: str
+    mean: NDArray,
+    spread: NDArray,
+    extent: Extent,
+    other: NDArray,
+    other_extent: Extent,
+    other_title: str,
+    caustic: NDArray,
 ) -> Figure:
     """Posterior mean of the source, another picture of it (the truth or the MAP), and the relative spread.
 
-    mean, spread, other: [row, column], in image units; extents: left, right, bottom, top ["]. The spread is shown where
-    the mean is above 5 % of its peak.
+    mean, spread, other: [row, column], in image units; extents: left, right, bottom, top ["]; caustic: [point, 2] ["].
+    The spread is shown where the mean is above 5 % of its peak.
     """
     top = float(max(mean.max(), other.max())) or 1.0
     bright = mean > 0.05 * mean.max()
@@ -179,6 +235,7 @@ def source_plane(
         frame = union(extent, other_extent)
         for panel in panels:
             panel.set(xlim=frame[:2], ylim=frame[2:], facecolor="0.93")
+        _curve(panels[0], caustic)
     return figure
 
 

@@ -63,6 +63,20 @@ HEADS = {
     "mcse_mean": "MCSE mean",
     "mcse_sd": "MCSE sd",
 }
+FINDINGS = {
+    "position_angle_median": ("position angle of the mass, East of North", ".1f", "°"),
+    "source_magnitude_median": ("magnitude of the source", ".2f", ""),
+    "column": ("deflector in the image, column from 0", ".1f", " px"),
+    "row": ("the same, row", ".1f", " px"),
+    "arc_radius": ("mean radius of the arcs at the first look", ".2f", "″"),
+    "fit_radius": ("radius of the disc that is fitted", ".2f", "″"),
+    "masked": ("share of it that is masked", ".1%", ""),
+    "companions": ("objects masked in it", ".0f", ""),
+    "background": ("background beyond it, in image units", ".3g", ""),
+    "noise_correlation": ("correlation of neighbouring empty pixels", ".2f", ""),
+    "noise_inflation": ("scatter of blocks of empty pixels over the noise map's", ".2f", ""),
+    "chi2_expected": ("χ² per pixel where the image is empty", ".2f", ""),
+}  # of the preparation of an observed image: what they are called, format, unit
 FLAGS = {
     "r_hat": "R-hat of a lens parameter above summary.r_hat_max: the chains do not agree",
     "ess": "bulk or tail effective sample size of a lens parameter below summary.ess_bulk_min or ess_tail_min: "
@@ -83,6 +97,9 @@ FLAGS = {
     "prior_edge": "most draws of a parameter are further out in its prior than summary.prior_depth_max: "
     "the prior may not hold for this lens",
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
+    "no_arcs": "the lensed source has less signal-to-noise than summary.arc_snr_min: there may be no arcs",
+    "companion": "another object was masked in the disc that is fitted: it may deflect light too",
+    "masked": "more of the disc than summary.masked_max is masked",
     "failed": "no posterior; the reason is given",
 }
 
@@ -129,8 +146,10 @@ def read_summary(path: Path) -> pd.DataFrame:
 # --- galaxies and source prior
 
 
-def galaxies_section(paths: Results) -> dict[str, Any]:
-    """Counts of the cuts and splits, and a strip of training galaxies."""
+def galaxies_section(paths: Results) -> dict[str, Any] | None:
+    """Counts of the cuts and splits, and a strip of training galaxies; None where the run has no galaxies."""
+    if not paths.galaxies.exists():
+        return None
     cuts = pd.read_csv(paths.galaxies.with_name("cuts.csv"))
     training = open_galaxies(paths.galaxies, "train")
     chosen = training.isel(galaxy=evenly(training.sizes["galaxy"], STRIP))
@@ -329,6 +348,7 @@ def lens_section(row: dict[str, Any], paths: Results) -> dict[str, Any]:
     truths = known_truths(row)
     panels = {
         "images": image_figure(tree),
+        "arcs": arcs_figure(tree),
         "source": source_figure(tree, row, paths.mocks / name / "source.fits"),
         "corner": figures.corner_plot(
             {n: draws[n].to_numpy() for n in CORNER}, {n: truths[n] for n in CORNER if n in truths}
@@ -374,7 +394,14 @@ def diagnostics_table(row: dict[str, Any], statistics: Any, found: Any) -> Table
         ["seconds, MAP and draws", number(row, "seconds", ".1f")],
         ["total magnification", within_error(row, "magnification")],
         ["images of the source's centre, at the MAP", number(row, "images_map", ".0f")],
-        ["Einstein radius of the critical curve, at the MAP", number(row, "einstein_radius_map", ".3f") + "″"],
+        ["Einstein radius of the critical curve", within_error(row, "einstein_radius") + "″"],
+        ["half-light radius of the source", within_error(row, "source_half_light_radius") + "″"],
+        ["signal-to-noise of the lensed source", number(row, "arc_snr", ".0f")],
+        *(
+            [label, number(row, key, form) + unit]
+            for key, (label, form, unit) in FINDINGS.items()
+            if math.isfinite(row.get(key, math.nan))
+        ),
     ]
     return Table(["diagnostic", "value"], rows)
 
@@ -399,7 +426,19 @@ def image_figure(tree: xr.DataTree) -> Figure:
     """Observed image, model and residual."""
     observed, model = tree["observed_data"], tree["posterior_predictive"]["image_mean"].to_numpy()
     image, noise, usable = (observed[part].to_numpy() for part in ("image", "noise", "usable"))
-    return figures.image_plane(image, model, noise, usable, float(observed["pixel_scale"]))
+    curve = tree["diagnostics"]["critical_curve"].to_numpy()
+    return figures.image_plane(image, model, noise, usable, float(observed["pixel_scale"]), curve)
+
+
+def arcs_figure(tree: xr.DataTree) -> Figure | None:
+    """Image and model without the lens galaxy's light, and the first look; None where that light is no part of them."""
+    observed, at_map = tree["observed_data"], tree["map"]
+    light, first = at_map["light"].to_numpy(), observed["first_light"].to_numpy()
+    if not light.any():
+        return None
+    image, noise, usable, arcs = (observed[part].to_numpy() for part in ("image", "noise", "usable", "arcs"))
+    scale, curve = float(observed["pixel_scale"]), tree["diagnostics"]["critical_curve"].to_numpy()
+    return figures.arcs_plane(image, light, at_map["image"].to_numpy(), first, arcs, usable, noise, scale, curve)
 
 
 def source_figure(tree: xr.DataTree, row: dict[str, Any], true_source: Path) -> Figure:
@@ -407,14 +446,15 @@ def source_figure(tree: xr.DataTree, row: dict[str, Any], true_source: Path) -> 
     mean, spread = (tree["posterior_predictive"][f"source_{kind}"].to_numpy() for kind in ("mean", "sd"))
     at_map = tree["map"]["source"].to_numpy()
     here = source_extent(*tree["diagnostics"]["source_frame"].to_numpy())
+    caustic = tree["diagnostics"]["caustic"].to_numpy()
     if row["origin"] != "mock" or not true_source.is_file():
-        return figures.source_plane(mean, spread, here, at_map, here, "source (MAP)")
+        return figures.source_plane(mean, spread, here, at_map, here, "source (MAP)", caustic)
     with fits.open(true_source, memmap=False) as file:
         truth, scale = np.asarray(file[0].data, dtype=float), float(file[0].header["PIXSCALE"])
     width = scale * len(truth)
     u, v = light_centre(torch.from_numpy(truth)[None])
     there = source_extent(row["true_source_x"] - width * float(u), row["true_source_y"] - width * float(v), width)
-    return figures.source_plane(mean, spread, here, truth, there, "true source (mock)")
+    return figures.source_plane(mean, spread, here, truth, there, "true source (mock)", caustic)
 
 
 def source_extent(x: float, y: float, size: float) -> figures.Extent:

@@ -10,7 +10,6 @@ import xarray as xr
 
 from lenspipe import artefact
 from lenspipe.config import Report
-from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import evenly
 from lenspipe.report import figures, source_figures
 from lenspipe.report.table import Table
@@ -43,10 +42,10 @@ def source_section(settings: Report, paths: Results) -> dict[str, Any]:
     return section
 
 
-def validation_section(settings: Report, folder: Path) -> dict[str, Any]:
-    """Figures and tables of the stage `validation`. Raises InputError where it has not run."""
+def validation_section(settings: Report, folder: Path) -> dict[str, Any] | None:
+    """Figures and tables of the stage `validation`; None where it has not run."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no tests of the source here; run the stage validation first")
+        return None
     pictures = xr.open_zarr(folder / "pictures.zarr", consolidated=False).load()
     galaxies = pd.read_csv(folder / "galaxies.csv", dtype={"name": str, "input": str})
     shown = pictures.isel(galaxy=evenly(pictures.sizes["galaxy"], settings.reconstructions))

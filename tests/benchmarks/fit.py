@@ -51,7 +51,8 @@ def mocks(
     kernel = torch.from_numpy(gaussian_kernel(PSF_SD / scale)).float().expand(number, -1, -1)
     blank = torch.zeros(number, pixels, pixels)
     names = tuple(f"system-{system}" for system in systems)
-    batch = LensBatch(names, blank, blank + sd, blank == 0, kernel, torch.full((number,), scale), torch.ones(number))
+    unit = torch.ones(number)
+    batch = LensBatch(names, blank, blank + sd, blank == 0, kernel, torch.full((number,), scale), unit, unit)
     parts = (
         PriorMap(Config().priors.expressions()),
         source,

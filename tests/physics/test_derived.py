@@ -120,3 +120,31 @@ def test_jacobian_of_no_deflection() -> None:
     xx, xy, yx, yy = derived.jacobian(nothing, x, x)
     assert xx.tolist() == yy.tolist() == [1, 1, 1]
     assert xy.tolist() == yx.tolist() == [0, 0, 0]
+
+
+def test_radii_of_many_curves_at_once_are_those_of_the_contour(lens: derived.Deflection) -> None:
+    """Two lenses in one call, of which the second has no shear; areas as of `einstein_radius`, to a few 1e-4."""
+    strength = torch.tensor([1.0, 0.0], dtype=torch.float64)[:, None]
+    epl = Composite({"": "epl"})
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in EPL.items()}
+
+    def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = epl.deflection(x, y, values)
+        g1, g2 = strength * SHEAR["gamma1"], strength * SHEAR["gamma2"]
+        return a + g1 * x + g2 * y, b + g2 * x - g1 * y
+
+    centre = tuple(torch.full((2,), EPL[name], dtype=torch.float64) for name in ("center_x", "center_y"))
+    angles = torch.arange(180, dtype=torch.float64) * (2 * torch.pi / 180)
+    radii = derived.tangential_radii(both, centre, torch.tensor([4.0, 4.0], dtype=torch.float64), angles)
+    found = (radii.square().mean(1)).sqrt().numpy()
+    alone = deflection({"": "epl"}, EPL)
+    expected = [derived.einstein_radius(one, 3.0) for one in (lens, alone)]
+    np.testing.assert_allclose(found, expected, rtol=5e-4)
+
+
+def test_rays_that_cross_no_curve_say_so() -> None:
+    weak = deflection({"": "sis"}, {"theta_E": 1e-6, "center_x": 0.0, "center_y": 0.0})
+    centre = (torch.zeros(1, dtype=torch.float64),) * 2
+    largest = torch.ones(1, dtype=torch.float64)
+    radii = derived.tangential_radii(weak, centre, largest, torch.zeros(1, dtype=torch.float64))
+    assert bool(radii.isnan().all())

@@ -12,6 +12,7 @@ from scipy.special import gammainc
 from torch import Tensor
 
 from lenspipe.image import light
+from lenspipe.lens.parameters import MGE_AMPLITUDES
 
 
 def real(*values: float) -> list[Tensor]:
@@ -74,3 +75,18 @@ def test_amplitudes_of_a_mixture() -> None:
     assert bool(((found - truth).abs() < 5 * covariance.diagonal(dim1=1, dim2=2).sqrt()).all())
     with pytest.raises(torch.linalg.LinAlgError):
         light.linear_amplitudes(columns[:, [0, 0]], data, weight)
+
+
+def test_a_multi_gaussian_expansion_is_its_gaussians(points: tuple[Tensor, Tensor]) -> None:
+    """Six Gaussians of one shape with widths in even ratios, linear in the amplitudes."""
+    shape = dict(zip(("q", "phi", "center_x", "center_y"), real(0.7, 0.4, 0.1, -0.2), strict=True))
+    amplitudes = dict(zip(MGE_AMPLITUDES, real(5.0, 3.0, 2.0, 0.0, 0.5, 0.1), strict=True))
+    low, high = real(0.05, 2.0)
+    ours = light.mge(*points, sd_min=low, sd_max=high, **shape, **amplitudes)
+    sds = torch.from_numpy(np.geomspace(0.05, 2.0, 6))
+    each = [light.gaussian(*points, a, sd, **shape) for a, sd in zip(amplitudes.values(), sds, strict=True)]
+    torch.testing.assert_close(ours, torch.stack(each).sum(0), rtol=1e-12, atol=1e-12)
+    own = {f"bulge_{name}": value for name, value in (shape | amplitudes | {"sd_min": low, "sd_max": high}).items()}
+    columns = light.Light({"bulge": "mge"}).columns(points[0][None], points[1][None], own)
+    assert columns.shape == (1, 6, 300)
+    torch.testing.assert_close(torch.einsum("k,lkn->ln", torch.stack([*amplitudes.values()]), columns)[0], ours)

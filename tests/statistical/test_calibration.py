@@ -105,7 +105,7 @@ def drawn(size: Size) -> tuple[LensModel, Tensor]:
     blank = torch.zeros(lenses, size.side, size.side)
     psf = torch.from_numpy(gaussian_kernel(0.12 / size.scale)).float().expand(lenses, -1, -1)
     scale, unit = torch.full((lenses,), size.scale), torch.ones(lenses)
-    batch = LensBatch(names, blank, blank + NOISE, blank == 0, psf, scale, unit)
+    batch = LensBatch(names, blank, blank + NOISE, blank == 0, psf, scale, unit, unit)
     optics = Optics(build_table(65, (16, 0.1), (10, 1.1, 2.9)).to(dtype=torch.float32))
     model = LensModel(batch, PriorMap(Config().priors.expressions()), Blobs(), optics)
     generator = torch.Generator().manual_seed(12)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from astropy.io import fits
 
-from lenspipe.catalogue.observed import read_image, read_lens
+from lenspipe.catalogue.observed import LensFiles, read_image, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
 from lenspipe.config import Catalogue
@@ -170,7 +170,7 @@ def test_point_images_of_others_mocks_and_of_real_lenses() -> None:
     assert len(places) == 2
     for place in places:
         with pytest.raises(InputError, match="point images at pixels"):
-            read_lens(place / "lens-image.fits", place / "noise_map.fits", place / "psf.fits", None, None)
+            read_lens(LensFiles(place / "lens-image.fits", place / "psf.fits", place / "noise_map.fits"))
     table = pd.read_csv(data / "lenses/lenses.csv")
     for row in table.itertuples():
         files = [data / "lenses" / name for name in (row.image, row.noise, row.psf)]

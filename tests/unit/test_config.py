@@ -188,7 +188,7 @@ def test_settings_survive_json() -> None:
             r"far_q \(Uniform\(0, 1\)\) reaches below 0.01",
         ),
         ({"lens": {"redshift": 0.5, "source_redshift": 0.3}}, r"redshift \(0.5\) is not below source_redshift \(0.3\)"),
-        ({"lens": {"light": {"bulge": "sersik"}}}, r"lens.light.bulge: Input should be 'sersic' or 'gaussian'"),
+        ({"lens": {"light": {"bulge": "sersik"}}}, r"lens.light.bulge: Input should be 'sersic', 'gaussian' or 'mge'"),
         (
             {
                 "lens": {"light": {"bulge": "gaussian"}},

@@ -40,7 +40,7 @@ def flagged(on_arcs: np.ndarray, elsewhere: np.ndarray, error: np.ndarray) -> li
         {"residual_excess": a - b, "residual_excess_error": e}
         for a, b, e in zip(on_arcs, elsewhere, error, strict=True)
     )
-    return [bool(find_flags(GOOD | row, 1000, Summary())) for row in rows]
+    return [bool(find_flags(GOOD | row, Summary())) for row in rows]
 
 
 @pytest.mark.parametrize(("length", "correlation"), [(0.0, 0.0), (0.7, 0.455)])

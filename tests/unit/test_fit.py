@@ -69,6 +69,7 @@ def lens_batch() -> LensBatch:
         torch.from_numpy(gaussian_kernel(1.0)).expand(lenses, -1, -1),
         torch.full((lenses,), 0.2).double(),
         torch.tensor([1.0, 1.0, 2.0]).double(),
+        torch.tensor([1.0, 3.0, 2.0]).double(),
     )
 
 

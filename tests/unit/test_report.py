@@ -114,7 +114,7 @@ def test_image_without_light_or_with_masked_pixels() -> None:
     image = np.zeros((20, 20))
     usable = np.ones((20, 20), dtype=bool)
     usable[:5] = False
-    drawn = figures.image_plane(image, image, np.ones((20, 20)), usable, 0.1)
+    drawn = figures.image_plane(image, image, np.ones((20, 20)), usable, 0.1, np.zeros((4, 2)))
     assert len(drawn.axes) == 5
-    source = figures.source_plane(image, image, (-1, 1, -1, 1), image, (-2, 2, -1, 1), "true")
+    source = figures.source_plane(image, image, (-1, 1, -1, 1), image, (-2, 2, -1, 1), "true", np.zeros((4, 2)))
     assert figures.embedded(source)

@@ -40,6 +40,8 @@ GOOD = {
     "prior_depth": 1.5,
     "images_map": 4,
     "magnification_median": 8.0,
+    "arc_snr": 60.0,
+    "draws": 1000,
 }
 
 
@@ -102,15 +104,22 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"images_map": 1, "magnification_median": 1.4}, ["single_image"]),
         ({"images_map": 0, "magnification_median": float("nan")}, ["single_image"]),
         ({"converged": False, "r_hat_max": 3.0}, ["r_hat", "map_not_converged"]),
+        ({"arc_snr": 4.0}, ["no_arcs"]),
+        ({"companions": 1}, ["companion"]),
+        ({"companions": 0, "masked": 0.1}, []),
+        ({"masked": 0.5}, ["masked"]),
+        ({"chi2_expected": 0.6, "chi2_per_pixel": 0.65, "predictive_p": 1.0}, []),  # as where the image is empty
+        ({"chi2_expected": 0.6, "chi2_per_pixel": 0.75, "predictive_p": 0.99}, ["chi2_high"]),
+        ({"chi2_expected": 0.9, "chi2_per_pixel": 0.6, "predictive_p": 1.0}, ["chi2_low"]),
     ],
 )
 def test_flags(change: dict[str, float], flags: list[str]) -> None:
-    assert find_flags(GOOD | change, 1000, Summary()) == flags
+    assert find_flags(GOOD | change, Summary()) == flags
 
 
 def test_the_report_and_the_readme_explain_every_flag() -> None:
-    bad = {name: float("nan") for name in GOOD} | {"converged": False}
-    assert {*find_flags(bad, 1000, Summary()), "failed"} == FLAGS.keys()
+    bad = {name: float("nan") for name in GOOD} | {"converged": False, "companions": 2, "masked": 0.9}
+    assert {*find_flags(bad, Summary()), "failed"} == FLAGS.keys()
     table = (ROOT / "README.md").read_text().split("| flag | meaning |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLAGS)
 

@@ -79,6 +79,13 @@ def mock_inputs():
     return ["results/galaxies/galaxies.zarr/zarr.json", *table]
 
 
+def report_inputs():
+    """What the report says of galaxies, where the run needs any."""
+    if not settings.has_galaxies:
+        return []
+    return ["results/galaxies/cuts.csv", "results/validation/provenance.json"]
+
+
 def catalogue_inputs():
     """What the lens catalogue takes in: mocks, tables and the lenses written in the settings.
 

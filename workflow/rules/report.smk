@@ -3,8 +3,7 @@
 
 rule report:
     input:
-        "results/galaxies/cuts.csv",
-        "results/validation/provenance.json",
+        report_inputs(),
         "results/source/source_prior.safetensors",
         "results/deflection_table/deflection_table.safetensors",
         "results/summary/lenses.csv",

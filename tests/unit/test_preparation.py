@@ -1,0 +1,240 @@
+"""Preparation of observed images: deflector, arcs, companions, mask and noise found on an image with known contents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.table import Table
+from astropy.wcs import WCS
+from scipy.ndimage import gaussian_filter
+from typer.testing import CliRunner
+
+from lenspipe.catalogue.observed import LensFiles, read_lens
+from lenspipe.catalogue.preparation import Prepared, Wishes, cut, prepare
+from lenspipe.catalogue.tables import read_table
+from lenspipe.cli import app
+from lenspipe.config import Preparation
+from lenspipe.errors import InputError
+from lenspipe.image.psf import gaussian_kernel
+
+SCALE, NOISE = 0.05, 0.01
+COLUMN, ROW = 83.3, 74.6
+RADIUS = 1.1
+PSF = np.asarray(gaussian_kernel(1.2))
+
+
+def scene(companion: bool = True, arcs: bool = True, correlated: float = 0.0) -> np.ndarray:
+    """An elliptical de Vaucouleurs galaxy off the middle, two arcs at 1.1 arcsec, a companion at 2.9 arcsec."""
+    rows, columns = np.mgrid[:161, :161]
+    x, y = SCALE * (columns - COLUMN), SCALE * (rows - ROW)
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    image = 2.0 * np.exp(-7.67 * ((np.hypot(x * 0.85, y / 0.85) ** 2 + 0.03**2) ** 0.125 / 1.2**0.25 - 1)) * 0.05
+    if arcs:
+        for middle, height in ((0.6, 0.25), (3.6, 0.12)):
+            away = np.angle(np.exp(1j * (angle - middle)))
+            image = image + height * np.exp(-((radius - RADIUS) ** 2) / (2 * 0.1**2) - away**2 / (2 * 0.5**2))
+    if companion:
+        image = image + 0.5 * np.exp(-((x + 2.0) ** 2 + (y - 2.1) ** 2) / (2 * 0.15**2))
+    noise = np.random.default_rng(1).normal(size=image.shape)
+    if correlated:
+        noise = gaussian_filter(noise, correlated)
+        noise /= noise.std()
+    return gaussian_filter(image, 1.2) + NOISE * noise
+
+
+def prepared(image: np.ndarray, wishes: Wishes | None = None, **settings: float) -> Prepared:
+    noise, usable = np.full(image.shape, NOISE), np.ones(image.shape, dtype=bool)
+    return prepare(image, noise, usable, PSF, SCALE, Preparation(**settings), wishes or Wishes())
+
+
+def test_what_is_on_an_image_is_found() -> None:
+    found = prepared(scene())
+    assert (found.column, found.row) == pytest.approx((COLUMN, ROW), abs=0.3)
+    assert found.arc_radius == pytest.approx(RADIUS, rel=0.08)
+    assert 1.3 < found.fit_radius < 2.4
+    assert found.first_arc_snr > 30
+    assert found.noise_inflation == pytest.approx(1, abs=0.15)
+    assert found.chi2_expected == pytest.approx(1, abs=0.1)
+    assert abs(found.noise_correlation) < 0.05
+    assert found.arcs.sum() > 100
+
+
+def test_the_deflector_is_in_the_middle_of_the_cut_out() -> None:
+    found = prepared(scene())
+    side = found.image.shape[0]
+    assert side % 16 == 0
+    brightest = np.unravel_index(gaussian_filter(found.image, 1.0).argmax(), found.image.shape)
+    assert np.abs(np.array(brightest) - (side - 1) / 2).max() <= 1.5
+    y, x = np.indices(found.image.shape) - (side - 1) / 2
+    assert not found.usable[np.hypot(x, y) * SCALE > found.fit_radius + 2 * SCALE].any()
+
+
+def test_the_light_of_the_first_look_leaves_little_beside_the_arcs() -> None:
+    found = prepared(scene())
+    side = found.image.shape[0]
+    y, x = (np.indices(found.image.shape) - (side - 1) / 2) * SCALE
+    elsewhere = found.usable & ~found.arcs & (np.hypot(x, y) > 0.4)
+    assert np.median(np.abs((found.image - found.light)[elsewhere])) < 1.5 * NOISE
+
+
+def test_companions_are_masked() -> None:
+    """One at 2.9 arcsec lies in a disc of 3.2; without it nothing is masked there."""
+    with_it, without = (prepared(scene(companion), Wishes(fit_radius=3.2)) for companion in (True, False))
+    assert (with_it.companions, without.companions) == (1, 0)
+    assert with_it.masked > without.masked
+    side = with_it.image.shape[0]
+    row, column = (round((side - 1) / 2 + at / SCALE) for at in (2.1, -2.0))
+    assert not with_it.usable[row, column]
+    assert without.usable[row, column]
+
+
+def test_an_image_without_arcs_has_none() -> None:
+    found = prepared(scene(companion=False, arcs=False))
+    assert found.first_arc_snr < 15
+    assert found.fit_radius == Preparation().fit_radius_max
+
+
+def test_correlated_noise_is_measured_and_the_noise_map_inflated() -> None:
+    """Smoothed by 0.7 px, blocks of 4 x 4 px scatter 1.9 times as much as those of white noise."""
+    found, plain = (prepared(scene(correlated=0.7), inflate_noise=inflate) for inflate in (True, False))
+    assert found.noise_correlation > 0.4
+    assert found.noise_inflation == pytest.approx(1.9, rel=0.2)
+    inside = found.usable
+    np.testing.assert_allclose(found.noise[inside] / plain.noise[inside], found.noise_inflation, rtol=1e-6)
+    assert found.chi2_expected == pytest.approx(plain.chi2_expected / found.noise_inflation**2, rel=1e-6)
+
+
+def test_wishes_of_the_table_come_first() -> None:
+    found = prepared(scene(), Wishes(column=70.0, row=80.0, fit_radius=1.5))
+    assert (found.column, found.row, found.fit_radius) == (70.0, 80.0, 1.5)
+
+
+def test_the_core_is_left_out_where_the_settings_say_so() -> None:
+    found = prepared(scene(), core_radius=0.2)
+    side = found.image.shape[0]
+    y, x = (np.indices(found.image.shape) - (side - 1) / 2) * SCALE
+    assert not found.usable[np.hypot(x, y) < 0.12].any()
+    assert found.usable[(np.hypot(x, y) > 0.3) & (np.hypot(x, y) < 0.5)].all()
+
+
+def test_an_empty_image_is_refused() -> None:
+    empty = NOISE * np.random.default_rng(2).normal(size=(120, 120))
+    with pytest.raises(InputError, match=r"no deflector within 1.2 arcsec.*center_column"):
+        prepared(empty)
+
+
+def test_a_cut_out_beyond_the_edge_is_blank_there() -> None:
+    out = cut(np.ones((10, 12)), (-2, 5), 8, 0.0)
+    assert out.sum() == 6 * 5
+    assert out[:5, 2:].all()
+
+
+# --- reading
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two folders of FITS files: one lens with a WCS, north 30 degrees from +y to the left, and one without."""
+    for name in ("a", "b"):
+        place = tmp_path / name
+        place.mkdir()
+        header = wcs(30.0).to_header() if name == "a" else fits.Header({"PIXSCALE": SCALE})
+        fits.PrimaryHDU(scene().astype("float32"), header).writeto(place / "image.fits")
+        fits.writeto(place / "noise_map.fits", np.full((161, 161), NOISE, "float32"))
+        fits.writeto(place / "psf.fits", (7 * PSF).astype("float32"))
+    return tmp_path
+
+
+def wcs(turned: float) -> WCS:
+    """A header of an image whose +y is `turned` degrees East of North."""
+    found = WCS(naxis=2)
+    angle = np.radians(turned)
+    found.wcs.ctype = ["RA---TAN", "DEC--TAN"]
+    found.wcs.crval = [150.0, 2.0]
+    found.wcs.crpix = [81, 81]
+    # intermediate coordinates are to the East and to the North; East is to the left where North is up
+    x_east, x_north = -np.cos(angle), np.sin(angle)
+    y_east, y_north = np.sin(angle), np.cos(angle)
+    found.wcs.cd = SCALE / 3600 * np.array([[x_east, y_east], [x_north, y_north]])
+    return found
+
+
+def test_scale_and_north_come_from_the_header(folder: Path) -> None:
+    a, b = (read_lens(LensFiles(folder / n / "image.fits", folder / n / "psf.fits", folder / n / "noise_map.fits"))
+            for n in "ab")  # fmt: skip
+    assert (a.pixel_scale, b.pixel_scale) == pytest.approx((SCALE, SCALE), rel=1e-4)
+    # +y is 30 degrees East of North and East is counter-clockwise: North is 30 degrees clockwise of +y
+    assert (np.degrees(a.north), a.parity) == pytest.approx((60.0, 1.0), abs=0.1)
+    assert np.isnan(b.north)
+    assert a.psf.sum() == pytest.approx(1)
+
+
+def test_a_folder_is_a_table(folder: Path) -> None:
+    entries = read_table(folder)
+    assert [entry.name for entry in entries] == ["a", "b"]
+    assert entries[0].files.noise == folder / "a/noise_map.fits"
+    with pytest.raises(InputError, match="no lenses in this folder"):
+        read_table(folder / "a")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "ecsv", "fits"])
+def test_formats_of_tables(folder: Path, suffix: str) -> None:
+    columns = {"name": ["a"], "image": ["a/image.fits"], "psf": ["a/psf.fits"], "noise": ["a/noise_map.fits"]}
+    table = Table(columns | {"pixel_scale": [0.06], "zero_point": [25.9], "fit_radius": [1.7]})
+    table.write(folder / f"t.{suffix}", format={"csv": "ascii.csv", "ecsv": "ascii.ecsv", "fits": "fits"}[suffix])
+    (entry,) = read_table(folder / f"t.{suffix}")
+    assert entry.files.pixel_scale == pytest.approx(0.06)
+    assert entry.files.wishes.fit_radius == pytest.approx(1.7)
+    assert entry.facts == {"zero_point": 25.9}
+
+
+def test_noise_from_background_and_exposure(folder: Path) -> None:
+    files = LensFiles(
+        folder / "a/image.fits", folder / "a/psf.fits", background_rms=0.01, exposure_time=500.0, gain=2.0
+    )
+    lens = read_lens(files)
+    expected = np.sqrt(0.01**2 + np.clip(lens.image, 0, None) / 1000)
+    np.testing.assert_allclose(lens.noise, expected, rtol=1e-6)
+    with pytest.raises(InputError, match="its noise is not known; give a noise map"):
+        read_lens(replace(files, exposure_time=None))
+
+
+def test_masks_in_either_sense(folder: Path) -> None:
+    good = np.ones((161, 161), "float32")
+    good[:, :5] = 0
+    fits.writeto(folder / "good.fits", good)
+    fits.writeto(folder / "bad.fits", 1 - good)
+    files = LensFiles(folder / "a/image.fits", folder / "a/psf.fits", folder / "a/noise_map.fits")
+    masked = [
+        read_lens(replace(files, mask=folder / f"{n}.fits", mask_bad=b)).usable for n, b in (("good", 0), ("bad", 1))
+    ]
+    np.testing.assert_array_equal(masked[0], good == 1)
+    np.testing.assert_array_equal(masked[1], good == 1)
+    fits.writeto(folder / "strange.fits", 3 * good)
+    with pytest.raises(InputError, match="0 and 1 alone"):
+        read_lens(replace(files, mask=folder / "strange.fits", mask_bad=0))
+
+
+def test_a_psf_larger_than_the_image_is_cropped_and_said_so(folder: Path) -> None:
+    fits.writeto(folder / "wide.fits", np.asarray(np.pad(PSF, 100), "float32"))
+    lens = read_lens(LensFiles(folder / "a/image.fits", folder / "wide.fits", folder / "a/noise_map.fits"))
+    assert max(lens.psf.shape) <= 161
+    assert lens.psf.sum() == pytest.approx(1)
+    assert "cropped" in lens.notes[0]
+
+
+def test_the_command_says_what_can_be_used(folder: Path) -> None:
+    runner = CliRunner()
+    good = runner.invoke(app, ["check-lenses", str(folder)])
+    assert good.exit_code == 0
+    assert "a: usable: " in good.output
+    assert "2 of 2 lenses can be used" in good.output
+    (folder / "b/psf.fits").unlink()
+    bad = runner.invoke(app, ["check-lenses", str(folder)])
+    assert bad.exit_code == 1
+    assert "b: unusable:" in bad.output
+    assert "psf.fits: no such file" in bad.output
