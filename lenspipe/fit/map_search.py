@@ -101,7 +101,7 @@ def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) ->
     And for how many scouts each of them stands [lens, survivor].
 
     Scouts join the ladder at different rungs: from a high temperature all of them would follow the same path. They see
-    the source's sketch; where that is not the source itself, they leave its unknowns at zero.
+    the source's sketch.
     """
     sketch = model.sketched(settings.scout_components)
     lenses, starts, ladder = len(model.batch), settings.starts, settings.temperatures
@@ -120,10 +120,8 @@ def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) ->
     kept = ranked(sketch, w, torch.where(alive, value, -torch.inf))[:, : min(settings.survivors, starts)]
     _, count = dropped(sketch, w, value, alive, kept, count)
     w, count = w.gather(1, kept[..., None].expand(-1, -1, w.shape[-1])), count.gather(1, kept)
-    if sketch.source is model.source:
-        return w, count
-    named = w[..., : len(model.priors.free)]
-    return torch.cat([named, w.new_zeros(*named.shape[:2], model.source.size)], -1), count
+    named, of_source = model.split(w)
+    return torch.cat([named, model.source.from_sketch(of_source)], -1), count
 
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:

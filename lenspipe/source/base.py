@@ -28,6 +28,10 @@ class Source(nn.Module):
         """A source like this one that is cheap enough for the many starts of a search; by default itself."""
         return self
 
+    def from_sketch(self, w: Tensor) -> Tensor:
+        """Unknowns [..., size] to go on from where a search ended with the sketch at w [..., its size]."""
+        return w
+
 
 def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor) -> tuple[Tensor, ...]:
     """Derivatives of every output [n, ...] with respect to `at` [n, size]: [n, size, ...] each, in forward mode.

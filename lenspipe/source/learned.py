@@ -53,6 +53,10 @@ class LearnedSource(Source):
             self._sketches[components] = principal_source(self, components)
         return self._sketches[components]
 
+    def from_sketch(self, w: Tensor) -> Tensor:
+        """The middle of the latents, whatever the sketch was."""
+        return w.new_zeros(*w.shape[:-1], self.size)
+
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images, and their derivatives [n, size, 64, 64]; those of the residual field are its basis."""
         unknowns = w[:, : self.latents]

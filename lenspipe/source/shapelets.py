@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import ShapeletSource as Settings
+from lenspipe.source.base import Source
 from lenspipe.source.sersic import SersicSource
 
 
@@ -19,7 +20,7 @@ class ShapeletSource(SersicSource):
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
-        self.profile_size = self.size
+        self.settings, self.profile_size = settings, self.size
         self.order = settings.order
         self.orders = [(n - m, m) for n in range(2, settings.order + 1) for m in range(n + 1)]
         self.sds = [settings.sd * (2 / (a + b)) ** settings.decline for a, b in self.orders]
@@ -31,6 +32,14 @@ class ShapeletSource(SersicSource):
         x, y = (waves[:, [pair[i] for pair in self.orders]] for i in (0, 1))
         weights = w[:, self.profile_size :] * w.new_tensor(self.sds)
         return self.profile(p) + torch.einsum("nk,nky,nkx->nyx", weights, y, x)
+
+    def sketch(self, components: int) -> Source:
+        """The profile alone: with shapelets, starts far from the truth find ways to fit it in part."""
+        return SersicSource(self.settings).to(self.axis.device)
+
+    def from_sketch(self, w: Tensor) -> Tensor:
+        """The same profile, without shapelets."""
+        return torch.cat([w, w.new_zeros(*w.shape[:-1], self.size - w.shape[-1])], -1)
 
 
 def hermite_functions(x: Tensor, order: int) -> Tensor:

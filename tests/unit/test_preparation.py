@@ -46,6 +46,14 @@ def scene(companion: bool = True, arcs: bool = True, correlated: float = 0.0) ->
     return gaussian_filter(image, 1.2) + NOISE * noise
 
 
+def write_lens(place: Path, header: fits.Header | None = None) -> None:
+    """The scene as FITS files in a folder of its own."""
+    place.mkdir(parents=True)
+    fits.PrimaryHDU(scene().astype("float32"), header or wcs(30.0).to_header()).writeto(place / "image.fits")
+    fits.writeto(place / "noise_map.fits", np.full((161, 161), NOISE, "float32"))
+    fits.writeto(place / "psf.fits", (7 * PSF).astype("float32"))
+
+
 def prepared(image: np.ndarray, wishes: Wishes | None = None, **settings: float) -> Prepared:
     noise, usable = np.full(image.shape, NOISE), np.ones(image.shape, dtype=bool)
     return prepare(image, noise, usable, PSF, SCALE, Preparation(**settings), wishes or Wishes())
@@ -139,13 +147,8 @@ def test_a_cut_out_beyond_the_edge_is_blank_there() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two folders of FITS files: one lens with a WCS, north 30 degrees from +y to the left, and one without."""
-    for name in ("a", "b"):
-        place = tmp_path / name
-        place.mkdir()
-        header = wcs(30.0).to_header() if name == "a" else fits.Header({"PIXSCALE": SCALE})
-        fits.PrimaryHDU(scene().astype("float32"), header).writeto(place / "image.fits")
-        fits.writeto(place / "noise_map.fits", np.full((161, 161), NOISE, "float32"))
-        fits.writeto(place / "psf.fits", (7 * PSF).astype("float32"))
+    write_lens(tmp_path / "a")
+    write_lens(tmp_path / "b", fits.Header({"PIXSCALE": SCALE}))
     return tmp_path
 
 

@@ -77,6 +77,19 @@ def test_images_are_finite_everywhere(kind: str) -> None:
         assert torch.isfinite(images).all()
 
 
+def test_a_search_goes_on_from_the_sketch(kind: str) -> None:
+    """With all unknowns of the source; where both are analytic, with the image that the sketch had."""
+    source = made(kind).float()
+    sketch = source.sketch(4)
+    w = unknowns(sketch).float()
+    begun = source.from_sketch(w)
+    assert begun.shape == (len(w), source.size)
+    if kind in ANALYTIC:
+        torch.testing.assert_close(source(begun), sketch(w))
+    else:
+        assert not begun.any()
+
+
 @pytest.mark.parametrize("kind", ANALYTIC)
 def test_the_middle_of_the_prior_has_brightness_one(kind: str) -> None:
     source = made(kind)

@@ -14,7 +14,7 @@ from astropy.io import fits
 import lenspipe
 from lenspipe.config import load_config
 from tests.conftest import ROOT, snakemake
-from tests.unit.test_preparation import NOISE, PSF, RADIUS, scene, wcs
+from tests.unit.test_preparation import RADIUS, write_lens
 
 pytestmark = pytest.mark.workflow
 PRESET = ROOT / "workflow/presets/observed.yaml"
@@ -27,11 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the preset on a folder with two lenses, with a small source and few draws."""
     folder = tmp_path_factory.mktemp("observed")
     for name in ("good", "broken"):
-        place = folder / "lenses" / name
-        place.mkdir(parents=True)
-        fits.PrimaryHDU(scene().astype("float32"), wcs(30.0).to_header()).writeto(place / "image.fits")
-        fits.writeto(place / "noise.fits", np.full((161, 161), NOISE, "float32"))
-        fits.writeto(place / "psf.fits", PSF.astype("float32") * (name == "good"))
+        write_lens(folder / "lenses" / name)
+    fits.writeto(folder / "lenses/broken/psf.fits", np.zeros((5, 5), "float32"), overwrite=True)
     settings = yaml.safe_load(PRESET.read_text())
     settings |= {"fit": QUICK, "source": {"kind": "sersic", "R_sersic": 0.15}}
     settings["deflection_table"] = {"eta_nodes": 33, "q_nodes": 8, "gamma_nodes": 6}

@@ -14,6 +14,7 @@ import yaml
 
 from lenspipe.config import load_config
 from tests.conftest import ROOT, TINY, environment
+from tests.unit.test_preparation import write_lens
 
 pytestmark = pytest.mark.workflow
 README = (ROOT / "README.md").read_text()
@@ -34,7 +35,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
     shutil.copy(TINY, tmp_path / "run/config.yaml")
     (tmp_path / "run/my_run").mkdir()
     (tmp_path / "run/my_run/results").symlink_to(tmp_path / "run/results")
-    (tmp_path / "run/my_lenses").symlink_to(tmp_path / "run/results/mocks")
+    write_lens(tmp_path / "run/my_lenses/good")
     return tmp_path / "run"
 
 
