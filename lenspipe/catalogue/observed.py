@@ -198,7 +198,8 @@ def _refuse_point_images(path: Path, lens: LensImage) -> None:
     """A galaxy's light may have one sharp peak; several are a lensed quasar, stars or a PSF that is too wide."""
     points = point_images(lens.image, lens.noise, lens.usable, lens.psf)
     if len(points) > 1:
-        places = ", ".join(f"({x}, {y})" for x, y in points)
+        column, row = lens.prepared.corner if lens.prepared else (0, 0)
+        places = ", ".join(f"({column + x}, {row + y})" for x, y in points)
         raise InputError(
             f"{path}: {len(points)} point images at pixels (x, y) = {places}, as a lensed quasar has; only lensed "
             "galaxies can be fitted: mask stars, or leave this lens out"

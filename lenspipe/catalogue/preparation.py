@@ -56,7 +56,8 @@ class Prepared:
     image [px]; background, background_sd: clipped median of the image beyond the disc, and its error; fit_radius: of
     the disc that is fitted ["]; arc_radius, first_arc_snr: mean radius ["] and signal-to-noise of the arcs;
     companions: how many objects were masked in the disc; masked: share of its pixels that is not fitted; light_unit,
-    flux_unit: brightnesses of the deflector at half an arcsec and of the arcs. Of the empty part: noise_correlation,
+    flux_unit: brightnesses of the deflector at half an arcsec and of the arcs; corner: column and row of the cut-out's
+    first pixel in the whole image. Of the empty part: noise_correlation,
     that of neighbouring pixels; noise_inflation, what the noise map would have to be multiplied by to be right over
     blocks of pixels, as it was where the settings say so; chi2_expected, per pixel, with the noise that is given here.
     0, 1 and 1 where too little of the image is empty.
@@ -78,6 +79,7 @@ class Prepared:
     masked: float
     light_unit: float
     flux_unit: float
+    corner: tuple[int, int]
     noise_correlation: float
     noise_inflation: float
     chi2_expected: float
@@ -146,6 +148,7 @@ def prepare(
         1 - float(good.sum()) / max(1.0, np.pi * (fit_radius / pixel_scale) ** 2),
         max(light_unit, floor),
         flux_unit,
+        at,
         correlation(empty),
         inflation,
         (scatter / factor) ** 2,

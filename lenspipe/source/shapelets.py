@@ -11,6 +11,8 @@ from lenspipe.config import ShapeletSource as Settings
 from lenspipe.source.base import Source
 from lenspipe.source.sersic import SersicSource
 
+SKETCHED = 4  # highest order of the sketch
+
 
 class ShapeletSource(SersicSource):
     """A Sersic profile and the shapelets of orders 2 to `order` (Refregier 2003, eqs. 1 and 18), as wide as it is.
@@ -34,11 +36,12 @@ class ShapeletSource(SersicSource):
         return self.profile(p) + torch.einsum("nk,nky,nkx->nyx", weights, y, x)
 
     def sketch(self, components: int) -> Source:
-        """The profile alone: with shapelets, starts far from the truth find ways to fit it in part."""
-        return SersicSource(self.settings).to(self.axis.device)
+        """The same without its higher orders: with all, starts far from the truth find ways to fit it in part."""
+        settings = self.settings.model_copy(update={"order": min(self.order, SKETCHED)})
+        return ShapeletSource(settings).to(self.axis.device)
 
     def from_sketch(self, w: Tensor) -> Tensor:
-        """The same profile, without shapelets."""
+        """The same, with higher orders at zero: coefficients go by their order."""
         return torch.cat([w, w.new_zeros(*w.shape[:-1], self.size - w.shape[-1])], -1)
 
 

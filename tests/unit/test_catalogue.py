@@ -170,7 +170,9 @@ def test_point_images_of_others_mocks_and_of_real_lenses() -> None:
     assert len(places) == 2
     for place in places:
         with pytest.raises(InputError, match="point images at pixels"):
-            read_lens(LensFiles(place / "lens-image.fits", place / "psf.fits", place / "noise_map.fits"))
+            read_lens(
+                LensFiles(place / "lens-image.fits", place / "psf.fits", place / "noise_map.fits", pixel_scale=0.08)
+            )
     table = pd.read_csv(data / "lenses/lenses.csv")
     for row in table.itertuples():
         files = [data / "lenses" / name for name in (row.image, row.noise, row.psf)]
