@@ -1,10 +1,12 @@
 """Fits of mocks with known truth that others made: `python tests/benchmarks/others_mocks.py FOLDER [SET]...`.
 
 Reads them in place, below the folder that LENSPIPE_DATA names (`mocks/gigalens40`, `mocks/tinylens_demo`,
-`mocks/galan21_single`); FOLDER, a scratch folder, gets the lenses as FITS files, the settings and the results, which
-hold their pixels. The stages source, deflection_table, catalogue, fit and summary run as they do from the command
-line. One JSON line a lens: truth, median and standard deviation of theta_E, gamma and q, how far the median is off in
-per cent and in standard deviations, chi^2 per pixel, flags, seconds; and one line a set.
+`mocks/galan21_single`, `mocks/pyautolens`); sets whose name ends in `_light` have the light of the lens galaxy in and
+go through the preparation and the priors of the preset for observed lenses. FOLDER, a scratch folder, gets the lenses
+as FITS files, the settings and the results, which hold their pixels. The stages source, deflection_table, catalogue,
+fit and summary run as they do from the command line. One JSON line a lens: truth, median and standard deviation of
+theta_E, gamma and q, how far the median is off in per cent and in standard deviations, chi^2 per pixel, flags,
+seconds; and one line a set.
 
     --systems N     how many of gigalens40, from the first on (10)
     --fit JSON      settings of the section `fit` in place of those here, such as '{"rounds": 1, "draws": 20}'
@@ -20,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 
 from lenspipe import cli
 
+PRESET = Path(__file__).parents[2] / "workflow/presets/observed.yaml"
 FIT = {"chains": 4, "warmup": 150, "draws": 200, "rounds": 2}
 SERSIC = {"kind": "sersic", "R_sersic": 0.15, "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
 WIDE = {
@@ -119,8 +122,61 @@ def galan(folder: Path, _: int) -> Iterator[Mock]:
     yield Mock("galan21", known["pixscale"], image, noise, psf, truth)
 
 
+def tinylens_light(folder: Path, _: int) -> Iterator[Mock]:
+    """The same with the light of the lens galaxy, of Sersic index 4."""
+    (without,) = tinylens(folder, 1)
+    yield replace(without, name="tinylens-light", **fits_images(folder / "tinylens_demo/lens_src", "image", "noise"))
+
+
+def pyautolens(folder: Path, _: int) -> Iterator[Mock]:
+    """Isothermal ellipsoids and shear, without lens light; the second source has four parts."""
+    for name, scale in (("no_lens_light", 0.1), ("source_complex", 0.05)):
+        yield pyautolens_mock(folder / "pyautolens" / name, scale)
+
+
+def pyautolens_light(folder: Path, _: int) -> Iterator[Mock]:
+    """The same with a Sersic lens galaxy of index 4 and 3."""
+    for name in ("lens_sersic", "simple"):
+        yield pyautolens_mock(folder / "pyautolens" / name, 0.1)
+
+
+def pyautolens_mock(at: Path, scale: float) -> Mock:
+    """PyAutoLens' Einstein radius and ellipticity (y first) in our conventions (`lenspipe.lens.coordinates`)."""
+    mass = mass_of(json.loads((at / "tracer.json").read_text()))
+    q = 1 - 2 * (size := float(np.hypot(*mass["ell_comps"]))) / (1 + size)
+    truth = {"theta_E": np.sqrt(q) * 2 / (1 + q) * mass["einstein_radius"], "q": q, "gamma": 2.0}
+    return Mock(at.name, scale, truth=truth, **fits_images(at, "data", "noise_map"))
+
+
+def mass_of(record: Any) -> dict[str, Any]:
+    """The numbers of the first mass profile with an Einstein radius in PyAutoLens' JSON."""
+    if isinstance(record, dict):
+        if "einstein_radius" in record:
+            e = record["ell_comps"]
+            return {
+                "einstein_radius": record["einstein_radius"],
+                "ell_comps": e["values"] if isinstance(e, dict) else e,
+            }
+        record = list(record.values())
+    found = (mass_of(part) for part in record if isinstance(part, dict | list))
+    return next((one for one in found if one), {})
+
+
+def fits_images(at: Path, image: str, noise: str) -> dict[str, NDArray]:
+    """Image, noise map and PSF of a folder."""
+    files = {"image": image, "noise": noise, "psf": "psf"}
+    return {kind: np.asarray(fits.getdata(at / f"{name}.fits"), dtype=float) for kind, name in files.items()}
+
+
 def axis_ratio(e1: float, e2: float) -> float:
     return (1 - np.hypot(e1, e2)) / (1 + np.hypot(e1, e2))
+
+
+def observed(**lens: Any) -> dict[str, Any]:
+    """The settings of the preset for observed lenses, but for its tables."""
+    settings = yaml.safe_load(PRESET.read_text())
+    parts = {name: settings[name] for name in ("source", "priors")}
+    return parts | {"lens": settings["lens"] | lens, "catalogue": {"preparation": {}}}
 
 
 SETS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -134,6 +190,9 @@ SETS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "tinylens": (tinylens, {"source": SERSIC, "priors": WIDE}),
     "galan": (galan, {"source": {"kind": "shapelets", "R_sersic": 0.12, "order": 14}, "priors": WIDE}),
+    "pyautolens": (pyautolens, {"source": {"kind": "shapelets", "R_sersic": 0.12, "order": 8}, "priors": WIDE}),
+    "pyautolens_light": (pyautolens_light, observed(supersampling=2)),
+    "tinylens_light": (tinylens_light, observed(supersampling=2)),
 }
 
 
@@ -160,7 +219,8 @@ def fitted(mocks: list[Mock], settings: dict[str, Any], folder: Path) -> pd.Data
     """The summary of their fits."""
     folder.mkdir(parents=True, exist_ok=True)
     table = write_lenses(mocks, folder)
-    common = {"mocks": {"systems": 0}, "catalogue": {"tables": [str(table.resolve())]}}
+    catalogue = settings.get("catalogue", {}) | {"tables": [str(table.resolve())]}
+    common = {"mocks": {"systems": 0}, "catalogue": catalogue}
     config, results = folder / "config.yaml", folder / "results"
     config.write_text(yaml.safe_dump(settings | common, sort_keys=False))
     for stage in (cli.source, cli.deflection_table, cli.catalogue, cli.fit, cli.summary):

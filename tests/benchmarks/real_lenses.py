@@ -37,7 +37,7 @@ def fitted(folder: Path, fit: dict[str, Any], workers: int) -> pd.DataFrame:
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
     for stage in (cli.source, cli.deflection_table, cli.catalogue):
         stage(config=str(config), results=results)
-    cli.fit(config=str(config), results=results, shard=None, workers=workers, cluster=None)
+    cli.fit(config=str(config), results=results, workers=workers)
     for stage in (cli.summary, cli.report):
         stage(config=str(config), results=results)
     return pd.read_csv(results / "summary/lenses.csv", keep_default_na=False, na_values=[""]).set_index("name")
