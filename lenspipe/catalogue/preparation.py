@@ -57,10 +57,9 @@ class Prepared:
     the disc that is fitted ["]; arc_radius, first_arc_snr: mean radius ["] and signal-to-noise of the arcs;
     companions: how many objects were masked in the disc; masked: share of its pixels that is not fitted; light_unit,
     flux_unit: brightnesses of the deflector at half an arcsec and of the arcs; corner: column and row of the cut-out's
-    first pixel in the whole image. Of the empty part: noise_correlation,
-    that of neighbouring pixels; noise_inflation, what the noise map would have to be multiplied by to be right over
-    blocks of pixels, as it was where the settings say so; chi2_expected, per pixel, with the noise that is given here.
-    0, 1 and 1 where too little of the image is empty.
+    first pixel in the whole image. Of the empty part: noise_correlation, that of neighbouring pixels; noise_inflation,
+    what the noise map would have to be multiplied by to be right over blocks of pixels, as it was where the settings
+    say so; chi2_expected, per pixel, with the noise that is given here. 0, 1 and 1 where too little is empty.
     """
 
     image: Image
@@ -113,12 +112,12 @@ def prepare(
     residual = np.where(usable, image - light, 0.0)
     snr = float(residual[arcs & usable].sum() / np.sqrt(np.square(noise[arcs & usable]).sum())) if arcs.any() else 0.0
     fit_radius = wishes.fit_radius or disc(radius, weights if snr >= SURE else np.zeros_like(weights), settings)
-    arcs &= radius < fit_radius
-    disc_mask = radius < fit_radius
+    within = radius < fit_radius
+    arcs &= within
     reach = max(2, round(0.15 / pixel_scale))
     crossing = binary_dilation(others, iterations=reach) & ~arcs
-    good = usable & disc_mask & ~crossing & (radius >= settings.core_radius)
-    companions = len(np.unique(label(others & disc_mask)[0])) - 1
+    good = usable & within & ~crossing & (radius >= settings.core_radius)
+    companions = len(np.unique(label(others & within)[0])) - 1
     ring = look & (np.abs(radius - UNIT_RADIUS) < 1.5 * pixel_scale)
     light_unit = float(np.median(light[ring])) if ring.any() else float(light.max())
     bright = gaussian_filter(residual, 1.0)[arcs & good]
@@ -128,30 +127,29 @@ def prepare(
     empty = without_large_scales(image - light, noise, look & ~outside & ~arcs & ~others & (radius > fit_radius))
     inflation, scatter = block_scatter(empty), robust_sd(empty)
     factor = max(1.0, inflation) if settings.inflate_noise else 1.0
-    half = fit_radius / pixel_scale
-    side = SIDE_STEP * int(np.ceil(2 * half / SIDE_STEP))
+    side = SIDE_STEP * int(np.ceil(2 * fit_radius / pixel_scale / SIDE_STEP))
     at = cut_corner(column, side), cut_corner(row, side)
     return Prepared(
-        cut(np.where(usable, image, 0.0), at, side, 0.0),
-        cut(np.where(usable, factor * noise, 1.0), at, side, 1.0),
-        cut(good, at, side, False),
-        cut(light, at, side, 0.0),
-        cut(arcs, at, side, False),
-        column,
-        row,
-        background,
-        error,
-        fit_radius,
-        arc_radius,
-        snr,
-        companions,
-        1 - float(good.sum()) / max(1.0, np.pi * (fit_radius / pixel_scale) ** 2),
-        max(light_unit, floor),
-        flux_unit,
-        at,
-        correlation(empty),
-        inflation,
-        (scatter / factor) ** 2,
+        image=cut(np.where(usable, image, 0.0), at, side, 0.0),
+        noise=cut(np.where(usable, factor * noise, 1.0), at, side, 1.0),
+        usable=cut(good, at, side, False),
+        light=cut(light, at, side, 0.0),
+        arcs=cut(arcs, at, side, False),
+        column=column,
+        row=row,
+        background=background,
+        background_sd=error,
+        fit_radius=fit_radius,
+        arc_radius=arc_radius,
+        first_arc_snr=snr,
+        companions=companions,
+        masked=1 - float(good.sum()) / max(1.0, np.pi * (fit_radius / pixel_scale) ** 2),
+        light_unit=max(light_unit, floor),
+        flux_unit=flux_unit,
+        corner=at,
+        noise_correlation=correlation(empty),
+        noise_inflation=inflation,
+        chi2_expected=(scatter / factor) ** 2,
     )
 
 
@@ -159,6 +157,8 @@ def deflector(
     image: Image, noise: Image, usable: Mask, pixel_scale: float, settings: Preparation, wishes: Wishes
 ) -> tuple[float, float]:
     """Column and row of the brightest peak near the middle of the image, to a fraction of a pixel."""
+    if (wishes.column is None) != (wishes.row is None):
+        raise InputError("one of center_column and center_row is given: give both, or none")
     if wishes.column is not None and wishes.row is not None:
         return wishes.column, wishes.row
     ny, nx = image.shape

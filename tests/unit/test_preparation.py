@@ -135,6 +135,11 @@ def test_an_empty_image_is_refused() -> None:
         prepared(empty)
 
 
+def test_half_a_centre_is_refused() -> None:
+    with pytest.raises(InputError, match="one of center_column and center_row is given"):
+        prepared(scene(), Wishes(column=70.0))
+
+
 def test_a_cut_out_beyond_the_edge_is_blank_there() -> None:
     out = cut(np.ones((10, 12)), (-2, 5), 8, 0.0)
     assert out.sum() == 6 * 5
