@@ -109,8 +109,8 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"companions": 0, "masked": 0.1}, []),
         ({"masked": 0.5}, ["masked"]),
         ({"chi2_expected": 0.6, "chi2_per_pixel": 0.65, "predictive_p": 1.0}, []),  # as where the image is empty
-        ({"chi2_expected": 0.6, "chi2_per_pixel": 0.75, "predictive_p": 0.99}, ["chi2_high"]),
-        ({"chi2_expected": 0.9, "chi2_per_pixel": 0.6, "predictive_p": 1.0}, ["chi2_low"]),
+        ({"chi2_expected": 0.6, "chi2_per_pixel": 0.95, "predictive_p": 0.99}, ["chi2_high"]),
+        ({"chi2_expected": 0.9, "chi2_per_pixel": 0.5, "predictive_p": 1.0}, ["chi2_low"]),
     ],
 )
 def test_flags(change: dict[str, float], flags: list[str]) -> None:
