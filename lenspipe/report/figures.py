@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import corner
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -20,6 +22,8 @@ from scipy.stats import rankdata
 DPI = 96
 MAPS = {"light": "magma", "residual": "RdBu_r", "spread": "viridis"}
 MASKED = "0.75"  # grey of pixels without a value
+FAINT = 5.0  # sigma up to which an image is drawn on a linear scale, where it has cores far brighter
+STEEP = 20.0  # so many times that
 RESIDUAL_SPAN = 5.0  # sigma at the ends of the residuals' colour scale
 STATUS_COLOURS = {"ok": "#1f6f8b", "flagged": "#c9730a", "failed": "#a8323e"}
 STATUS_MARKERS = {"ok": "o", "flagged": "s", "failed": "x"}
@@ -145,6 +149,7 @@ def image_plane(
 ) -> Figure:
     """Observed image, model and residual [sigma], all [y, x], on axes in arcsec; masked pixels are grey.
 
+    Where the core of a lens galaxy is far brighter than the noise, brightness is by its inverse hyperbolic sine.
     curve: critical curve [point, 2] ["], NaN where it is not known.
     """
     data = np.where(usable, image, np.nan)
@@ -152,10 +157,12 @@ def image_plane(
     top = float(max(np.nanpercentile(data, 99.9), model.max()))
     bottom = float(min(np.nanpercentile(data, 1), 0.0))
     extent = image_extent(image, pixel_scale)
+    faint = FAINT * float(np.median(noise[usable])) if usable.any() else math.inf
+    linear = faint if top > STEEP * faint else math.inf
     figure, panels, bars = three_panels(("observed", "model (posterior mean)", "observed − model"))
     with rc_context(STYLE):
         for panel, picture in zip(panels, (data, model), strict=False):
-            shown = _image(panel, picture, extent, "light", bottom, top)
+            shown = _image(panel, picture, extent, "light", bottom, top, linear)
         _curve(panels[1], curve)
         figure.colorbar(shown, cax=bars[0], label="flux [image units]")
         figure.colorbar(_residual_image(panels[2], residual, extent), cax=bars[1], label=r"residual [$\sigma$]")
@@ -345,9 +352,13 @@ def _span(values: NDArray, truth: float | None) -> tuple[float, float]:
     return float(min(ends) - margin), float(max(ends) + margin)
 
 
-def _image(axes: Axes, picture: NDArray, extent: Extent | None, kind: str, bottom: float, top: float) -> AxesImage:
+def _image(
+    axes: Axes, picture: NDArray, extent: Extent | None, kind: str, bottom: float, top: float, linear: float = math.inf
+) -> AxesImage:
+    """A picture; its scale is linear up to `linear` and goes by the logarithm beyond."""
     axes.set_facecolor(MASKED)
-    return axes.imshow(picture, origin="lower", extent=extent, cmap=MAPS[kind], vmin=bottom, vmax=top)
+    norm = Normalize(bottom, top) if top < linear else AsinhNorm(linear, bottom, top)
+    return axes.imshow(picture, origin="lower", extent=extent, cmap=MAPS[kind], norm=norm)
 
 
 def _residual_image(axes: Axes, residual: NDArray, extent: Extent | None) -> AxesImage:

@@ -139,7 +139,7 @@ def read_summary(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
     table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
-    table = table.fillna(dict.fromkeys(TEXTS, ""))
+    table = table.fillna(dict.fromkeys(TEXTS, "")).copy()  # in one piece: it has hundreds of columns
     return table.assign(anchor=[f"lens-{row}" for row in range(len(table))])
 
 
