@@ -21,7 +21,7 @@ from lenspipe.catalogue.stage import FOUND, read_catalogue
 from lenspipe.config import Summary
 from lenspipe.posteriors.convergence import convergence_of
 from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests
-from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_names
+from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, interchangeable, parameter_names
 from lenspipe.results import Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
@@ -212,10 +212,11 @@ def moments(name: str, values: NDArray) -> dict[str, NDArray]:
 def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
     """R-hat and effective sample sizes [lens] of parameters [lens, chain, draw]; constant ones pass.
 
-    `r_hat_max`, `ess_bulk_min` and `ess_tail_min` are the worst of the parameters of the lens, without the source's.
+    `r_hat_max`, `ess_bulk_min` and `ess_tail_min` are the worst of the parameters of the lens, without the source's and
+    the amplitudes of sets of Gaussians.
     """
     found = {name: convergence_of(values) for name, values in draws.items()}
-    lens = [found[name] for name in draws if name in DIAGNOSED or name not in PARAMETERS]
+    lens = [found[name] for name in draws if name in DIAGNOSED or not (name in PARAMETERS or interchangeable(name))]
     r_hat, bulk, tail = (np.array(numbers) for numbers in zip(*lens, strict=True))
     each = {f"{n}_{s}": v for n, values in found.items() for s, v in zip(STATISTICS[-3:], values, strict=True)}
     return {"r_hat_max": r_hat.max(0), "ess_bulk_min": bulk.min(0), "ess_tail_min": tail.min(0)} | each

@@ -25,7 +25,7 @@ from lenspipe.fit.parts import write_part
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.memory import keep_freed_memory
 from lenspipe.optics import read_optics
-from lenspipe.posteriors.store import SOURCE_PARAMETERS, parameter_names
+from lenspipe.posteriors.store import interchangeable, parameter_names
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
@@ -156,8 +156,8 @@ def batch_checkpoint(task: Task) -> chains.Checkpoint:
 
 
 def monitored(model: LensModel) -> list[int]:
-    """Columns of w whose chains must agree: all named parameters but the source's, which its latents can stand for."""
-    return [column for column, name in enumerate(model.priors.free) if name not in SOURCE_PARAMETERS]
+    """Columns of w whose chains must agree: all named parameters but those that others can stand in for."""
+    return [column for column, name in enumerate(model.priors.free) if not interchangeable(name)]
 
 
 def on_processor(

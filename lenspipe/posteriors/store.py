@@ -26,12 +26,23 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 
 from __future__ import annotations
 
+import re
+
 import xarray as xr
 
 LENS_PARAMETERS = ("theta_E", "gamma", "q", "phi", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2")
 SOURCE_PARAMETERS = ("source_x", "source_y", "source_size", "source_flux")
 PARAMETERS = LENS_PARAMETERS + SOURCE_PARAMETERS
 STATISTICS = ("log_density", "acceptance", "diverging", "energy")
+
+
+def interchangeable(name: str) -> bool:
+    """Whether others can stand in for a parameter, so that chains need not agree on it.
+
+    Size and flux of the source can be taken on by its unknowns, the amplitude of a Gaussian of an `mge` by its
+    neighbours.
+    """
+    return name in SOURCE_PARAMETERS or re.search(r"_amplitude\d+$", name) is not None
 
 
 def parameter_names(group: xr.Dataset) -> list[str]:

@@ -61,6 +61,14 @@ def test_diagnostics_of_chains_that_agree() -> None:
     assert found["ess_bulk_min"] == pytest.approx(np.full(3, 8000 / 3), rel=0.25)
 
 
+def test_amplitudes_of_a_set_of_gaussians_need_not_agree() -> None:
+    """Neighbours stand in for each other; the amplitude of a single profile has to be agreed on."""
+    good, apart = autoregressive(0.0, (1, 4, 300)), autoregressive(0.0, (1, 4, 300))
+    apart[0, 2] += 5.0
+    assert diagnostics({"theta_E": good, "bulge_amplitude3": apart})["r_hat_max"][0] < 1.02
+    assert diagnostics({"theta_E": good, "bulge_amplitude": apart})["r_hat_max"][0] > 1.5
+
+
 def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
     good, apart = autoregressive(0.0, (2, 4, 300)), autoregressive(0.0, (2, 4, 300))
     apart[1, 2] += 5.0
