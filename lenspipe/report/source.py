@@ -10,6 +10,7 @@ import xarray as xr
 
 from lenspipe import artefact
 from lenspipe.config import Report
+from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import evenly
 from lenspipe.report import figures, source_figures
 from lenspipe.report.table import Table
@@ -24,9 +25,14 @@ KINDS = {
 
 
 def source_section(settings: Report, paths: Results) -> dict[str, Any]:
-    """Training curve, reconstructions, draws, and the tests of the stage `validation`, where it has run."""
+    """Training curve, reconstructions, draws, and the tests of the stage `validation`.
+
+    A source that is not learned may have no tests. Raises InputError where a learned one has none.
+    """
     record = artefact.read_record(paths.source_prior)
     kind = record["settings"]["source"]["kind"]
+    if kind == "vae" and not paths.validation.is_dir():
+        raise InputError(f"{paths.validation}: no tests of the source here; run the stage validation first")
     section: dict[str, Any] = {
         "kind": kind,
         "name": KINDS[kind],
