@@ -42,6 +42,7 @@ AS_STORED = (
     "residual_excess",
     "residual_excess_error",
     "converged",
+    "draws_above_map",
     "starts",
     "starts_agreeing",
     "evidence_lead",
@@ -54,6 +55,7 @@ FIRST = ("name", "status", "flags", "reason", "origin", "snr")
 LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
 LEFT |= {"light_map", "critical_curve", "caustic"}
 PICTURES = ("model_", "source_map", "source_mean", "source_sd", "source_frame")  # beginnings of names; left too
+ABOVE_MAP = 1.0  # how far a draw may be above the maximum that the search found, for its last steps [nat]
 STATISTICS = ("median", "p16", "p84", "mean", "sd", "r_hat", "ess_bulk", "ess_tail")
 LENGTHS: tuple[str, ...] = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "source_size")
 LENGTHS += ("einstein_radius", "source_half_light_radius", "fit_radius", "arc_radius")
@@ -255,7 +257,7 @@ def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
         "chi2_low": chi2_low,
         "residuals": excess <= settings.residual_excess_max
         or excess <= settings.residual_significance * row["residual_excess_error"],
-        "map_not_converged": bool(row["converged"]),
+        "map_not_converged": bool(row["converged"]) and not row["draws_above_map"] > ABOVE_MAP,
         "lone_start": row["starts_agreeing"] >= min(settings.starts_agreeing_min, row["starts"]),
         "rival_basin": row["evidence_lead"] >= settings.evidence_lead_min,
         "prior_edge": row["prior_depth"] <= settings.prior_depth_max,

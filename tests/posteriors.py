@@ -15,7 +15,15 @@ from lenspipe.posteriors.writing import write_shard
 
 CENTRES = {"theta_E": 1.2, "gamma": 2.0, "q": 0.8, "source_size": 1.5, "source_flux": 1.0}
 DIAGNOSTICS = ("chi2_per_pixel", "predictive_p", "residual_correlation", "residual_excess", "residual_excess_error")
-DIAGNOSTICS += ("evidence_lead", "prior_depth", "log_density_map", "step_size", "einstein_radius_map", "arc_snr")
+DIAGNOSTICS += (
+    "evidence_lead",
+    "prior_depth",
+    "log_density_map",
+    "step_size",
+    "einstein_radius_map",
+    "arc_snr",
+    "draws_above_map",
+)
 FLUXES = ("source_total_flux", "source_lensed_flux", "magnification", "source_half_light_radius", "einstein_radius")
 START_COUNT, BASIN_COUNT, SAMPLE_COUNT = 8, 2, 100
 

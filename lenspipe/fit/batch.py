@@ -129,7 +129,6 @@ def fit_lenses(task: Task) -> xr.Dataset:
         draws = chains.sample(model, found, settings, generators, monitored(model), checkpoint)
     else:
         draws = reference.SAMPLERS[settings.sampler](model, found, settings, generators)
-    found = map_search.improved(model, found, draws.w, draws.log_density, settings.final_steps)
     draws = chains.thinned(draws, config.fit.draws)
     seconds = (time.perf_counter() - began) / len(task.names)
     checkpoint.path.unlink(missing_ok=True)

@@ -32,7 +32,9 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
     on_arcs, elsewhere, error = mean_residual_correlation(model, flat[:, chosen])
     depth, parameter = prior_depth(model.split(flat)[0].numpy(), model.priors.free)
     evidence = found.basins_log_evidence.numpy()
+    highest = draws.log_density.flatten(1).amax(1)
     return {
+        "draws_above_map": ("lens", (highest - found.log_density).numpy()),
         "predictive_p": ("lens", predictive_p(chi2_of_draws(draws), pixels)),
         "residual_correlation": ("lens", elsewhere),
         "residual_excess": ("lens", on_arcs - elsewhere),

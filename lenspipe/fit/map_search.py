@@ -218,37 +218,6 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     )
 
 
-@torch.no_grad()
-def improved(model: LensModel, found: MapFit, draws: Tensor, log_density: Tensor, steps: int) -> MapFit:
-    """What was found, with the maximum that the chains have come upon where it is higher than the search's.
-
-    draws: [lens, chain, draw, size]; log_density: [lens, chain, draw]. Where the search's solution is elsewhere, it is
-    the runner-up then, and no start has ended in the best one.
-    """
-    best, at = log_density.flatten(1).max(1)
-    rows = (best > found.log_density + CONVERGED).nonzero()[:, 0]
-    if not len(rows):
-        return found
-    begun = draws.flatten(1, 2)[rows, at[rows]].to(found.w)
-    w, reached, converged = climb(model, begun, 1.0, steps, rows)
-    hessian = model.hessian(w, rows)
-    evidence = reached - 0.5 * torch.logdet(hessian)
-    spread = named_sd(model, hessian)
-    apart = separation(model, found.w[rows][:, None], w, spread)[:, 0] >= SAME_BASIN
-    changed = {field.name: getattr(found, field.name).clone() for field in fields(found)}
-    for name, values in (("w", w), ("log_density", reached), ("hessian", hessian), ("converged", converged)):
-        changed[name][rows] = values
-    for name, values in (("w", w), ("log_density", reached), ("log_evidence", evidence)):
-        basins = changed[f"basins_{name}"]
-        old = basins[rows, 0]
-        other = apart if old.dim() == 1 else apart[:, None]
-        basins[rows, 1] = torch.where(other, old, basins[rows, 1])
-        basins[rows, 0] = values
-    ended_in = changed["start_basin"][rows]
-    changed["start_basin"][rows] = torch.where(apart[:, None], torch.where(ended_in == 0, 1, -1), ended_in)
-    return MapFit(**changed)
-
-
 def named_sd(model: LensModel, hessian: Tensor) -> Tensor:
     """Laplace's standard deviations of the named unknowns [n, named] from Hessians [n, size, size]."""
     return model.split(torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2).sqrt())[0]

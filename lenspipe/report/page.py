@@ -89,7 +89,7 @@ FLAGS = {
     "the noise map is too high, as those of drizzled images may be",
     "residuals": "neighbouring residuals correlate on the arcs more than elsewhere, by more than "
     "summary.residual_excess_max and summary.residual_significance allow: the model leaves light there",
-    "map_not_converged": "the MAP search stopped before it converged",
+    "map_not_converged": "the MAP search stopped before it converged, or a chain has come upon a higher point",
     "lone_start": "fewer starts of the MAP search than summary.starts_agreeing_min found the best solution: "
     "there may be a better one",
     "rival_basin": "the MAP search found another solution whose evidence is within summary.evidence_lead_min of the "

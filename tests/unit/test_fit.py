@@ -640,24 +640,3 @@ def test_automatic_batches_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_gates_look_at_the_lens_parameters(model: tuple[LensModel, Tensor]) -> None:
     names = [model[0].priors.free[column] for column in batch.monitored(model[0])]
     assert names == ["theta_E", "gamma", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2"]
-
-
-def test_a_maximum_that_chains_come_upon_takes_the_place_of_the_searchs(model: tuple[LensModel, Tensor]) -> None:
-    """The first lens's search ended elsewhere, the second's where the chains are, the third's above all draws."""
-    lens_model, truth = model
-    best, value, _ = map_search.climb(lens_model, truth, 1.0, 40)
-    wrong = best.clone()
-    wrong[0, :2] += 3.0
-    below = lens_model.log_density(wrong)
-    hessian = lens_model.hessian(wrong)
-    found = map_search.MapFit.of_one_start(wrong, below, hessian, torch.ones(3, dtype=torch.bool))
-    draws = best[:, None, None].expand(3, 2, 5, -1)
-    density = value[:, None, None].expand(3, 2, 5).clone()
-    density[2] -= 50.0
-    ended = map_search.improved(lens_model, found, draws, density, 40)
-    assert ended.log_density[0] >= value[0] - 0.1
-    torch.testing.assert_close(ended.basins_w[0, 1], wrong[0])
-    assert ended.start_basin[0, 0] == 1
-    assert ended.start_basin[1:, 0].tolist() == [0, 0]
-    torch.testing.assert_close(ended.w[1:], wrong[1:])
-    assert bool(ended.basins_w[1:, 1].isnan().all())

@@ -41,6 +41,7 @@ GOOD = {
     "images_map": 4,
     "magnification_median": 8.0,
     "arc_snr": 60.0,
+    "draws_above_map": -20.0,
     "draws": 1000,
 }
 
@@ -113,6 +114,8 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"images_map": 0, "magnification_median": float("nan")}, ["single_image"]),
         ({"converged": False, "r_hat_max": 3.0}, ["r_hat", "map_not_converged"]),
         ({"arc_snr": 4.0}, ["no_arcs"]),
+        ({"draws_above_map": 5.0}, ["map_not_converged"]),
+        ({"draws_above_map": 0.3}, []),
         ({"companions": 1}, ["companion"]),
         ({"companions": 0, "masked": 0.1}, []),
         ({"masked": 0.5}, ["masked"]),
