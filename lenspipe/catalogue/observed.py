@@ -74,7 +74,7 @@ class LensImage:
         words = [f"{nx} x {ny} px of {self.pixel_scale:.4g} arcsec", f"PSF {kx} x {ky} px"]
         words.append(f"{self.usable.sum()} px to fit, S/N {self.signal_to_noise:.0f}")
         if (found := self.prepared) is not None:
-            words.append(f"deflector at column {found.column:.1f}, row {found.row:.1f}")
+            words.append(f"deflector at column {found.center_column:.1f}, row {found.center_row:.1f}")
             arcs = f"arcs at {found.arc_radius:.2f} arcsec, S/N {found.first_arc_snr:.0f}"
             words.append(arcs if found.arcs.any() else "no arcs seen")
             words.append(f"{found.companions} other objects masked")

@@ -52,14 +52,15 @@ class Wishes:
 class Prepared:
     """What was found. Arrays are of the cut-out [side, side], whose middle is the deflector's nearest pixel or corner.
 
-    light: of the deflector at the first look; arcs: what is taken for them; column, row: of the deflector in the whole
-    image [px]; background, background_sd: clipped median of the image beyond the disc, and its error; fit_radius: of
-    the disc that is fitted ["]; arc_radius, first_arc_snr: mean radius ["] and signal-to-noise of the arcs;
-    companions: how many objects were masked in the disc; masked: share of its pixels that is not fitted; light_unit,
-    flux_unit: brightnesses of the deflector at half an arcsec and of the arcs; corner: column and row of the cut-out's
-    first pixel in the whole image. Of the empty part: noise_correlation, that of neighbouring pixels; noise_inflation,
-    what the noise map would have to be multiplied by to be right over blocks of pixels, as it was where the settings
-    say so; chi2_expected, per pixel, with the noise that is given here. 0, 1 and 1 where too little is empty.
+    light: of the deflector at the first look; arcs: what is taken for them; center_column, center_row: of the deflector
+    in the whole image [px]; background, background_sd: clipped median of the image beyond the disc, and its error;
+    fit_radius: of the disc that is fitted ["]; arc_radius, first_arc_snr: mean radius ["] and signal-to-noise of the
+    arcs; companions: how many objects were masked in the disc; masked: share of its pixels that is not fitted;
+    light_unit, flux_unit: brightnesses of the deflector at half an arcsec and of the arcs; corner: column and row of
+    the cut-out's first pixel in the whole image. Of the empty part: noise_correlation, that of neighbouring pixels;
+    noise_inflation, what the noise map would have to be multiplied by to be right over blocks of pixels, as it was
+    where the settings say so; chi2_expected, per pixel, with the noise that is given here. 0, 1 and 1 where too little
+    is empty.
     """
 
     image: Image
@@ -67,8 +68,8 @@ class Prepared:
     usable: Mask
     light: Image
     arcs: Mask
-    column: float
-    row: float
+    center_column: float
+    center_row: float
     background: float
     background_sd: float
     fit_radius: float
@@ -135,8 +136,8 @@ def prepare(
         usable=cut(good, at, side, False),
         light=cut(light, at, side, 0.0),
         arcs=cut(arcs, at, side, False),
-        column=column,
-        row=row,
+        center_column=column,
+        center_row=row,
         background=background,
         background_sd=error,
         fit_radius=fit_radius,

@@ -28,8 +28,8 @@ from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ei
 from lenspipe.results import AS_WRITTEN
 
 FOUND = (
-    "column",
-    "row",
+    "center_column",
+    "center_row",
     "background",
     "background_sd",
     "fit_radius",

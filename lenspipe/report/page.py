@@ -66,8 +66,8 @@ HEADS = {
 FINDINGS = {
     "position_angle_median": ("position angle of the mass, East of North", ".1f", "°"),
     "source_magnitude_median": ("magnitude of the source", ".2f", ""),
-    "column": ("deflector in the image, column from 0", ".1f", " px"),
-    "row": ("the same, row", ".1f", " px"),
+    "center_column": ("deflector in the image, column from 0", ".1f", " px"),
+    "center_row": ("the same, row", ".1f", " px"),
     "arc_radius": ("mean radius of the arcs at the first look", ".2f", "″"),
     "fit_radius": ("radius of the disc that is fitted", ".2f", "″"),
     "masked": ("share of it that is masked", ".1%", ""),

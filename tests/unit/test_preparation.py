@@ -61,7 +61,7 @@ def prepared(image: np.ndarray, wishes: Wishes | None = None, **settings: float)
 
 def test_what_is_on_an_image_is_found() -> None:
     found = prepared(scene())
-    assert (found.column, found.row) == pytest.approx((COLUMN, ROW), abs=0.3)
+    assert (found.center_column, found.center_row) == pytest.approx((COLUMN, ROW), abs=0.3)
     assert found.arc_radius == pytest.approx(RADIUS, rel=0.08)
     assert 1.3 < found.fit_radius < 2.4
     assert found.first_arc_snr > 30
@@ -118,7 +118,7 @@ def test_correlated_noise_is_measured_and_the_noise_map_inflated() -> None:
 
 def test_wishes_of_the_table_come_first() -> None:
     found = prepared(scene(), Wishes(column=70.0, row=80.0, fit_radius=1.5))
-    assert (found.column, found.row, found.fit_radius) == (70.0, 80.0, 1.5)
+    assert (found.center_column, found.center_row, found.fit_radius) == (70.0, 80.0, 1.5)
 
 
 def test_the_core_is_left_out_where_the_settings_say_so() -> None:
