@@ -16,14 +16,6 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "workflow/presets/tiny.yaml"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file stay together, and all that look at one run of the workflow."""
-    for item in items:
-        shares_run = "tiny_run" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("tiny run" if shares_run else item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def untouched_globals() -> Iterator[None]:
     """No test may leave parameters in Pyro's store or change torch's default precision."""
