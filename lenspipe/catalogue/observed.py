@@ -190,7 +190,9 @@ def _orientation(files: LensFiles) -> tuple[float, float, float]:
         scale = next((float(header[key]) for key in SCALE_KEYWORDS if key in header), np.nan)
     scale = files.pixel_scale if files.pixel_scale is not None else scale
     if not scale > 0:
-        raise InputError(f"{files.image}: the header has no WCS; give the pixel scale ['] in the column pixel_scale")
+        raise InputError(
+            f"{files.image}: the header has no WCS; give the pixel scale [arcsec] in the column pixel_scale"
+        )
     return scale, north, parity
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from astropy.stats import mad_std, sigma_clip
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 from scipy.optimize import minimize, nnls
@@ -17,6 +19,8 @@ from scipy.optimize import minimize, nnls
 from lenspipe.catalogue.point_images import full_width
 from lenspipe.config import Preparation
 from lenspipe.errors import InputError
+from lenspipe.image.light import elliptical_radius2
+from lenspipe.lens.coordinates import axis_ratio
 
 Image = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -215,7 +219,9 @@ def best_shape(
 
 def gaussians(x: NDArray, y: NDArray, e: NDArray, psf_sd: float) -> NDArray:
     """Gaussians of the widths of the first look, blurred, and a level, at places [...]: [..., 11]."""
-    radius2 = elliptical_radius2(x, y, e)
+    zero = torch.zeros(1, dtype=torch.float64)
+    shape = axis_ratio(*torch.from_numpy(e))
+    radius2 = elliptical_radius2(torch.from_numpy(x), torch.from_numpy(y), *shape, zero, zero).numpy()
     widths = np.hypot(WIDTHS, psf_sd)
     return np.stack([*(np.exp(-0.5 * radius2 / sd**2) for sd in widths), np.ones_like(radius2)], -1)
 
@@ -227,14 +233,6 @@ def fitted(design: NDArray, data: NDArray) -> tuple[NDArray, float]:
     found, left = nnls(r, q.T @ data, maxiter=1000)
     outside = max(0.0, float(data @ data) - float(np.square(q.T @ data).sum()))
     return found / np.maximum(scale, 1e-300), float(np.hypot(left, np.sqrt(outside)))
-
-
-def elliptical_radius2(x: Image, y: Image, e: NDArray) -> Image:
-    """q x'^2 + y'^2 / q for the ellipticity (e1, e2)."""
-    size = min(float(np.hypot(*e)), 0.9)
-    q, phi = (1 - size) / (1 + size), 0.5 * np.arctan2(e[1], e[0])
-    a, b = x * np.cos(phi) + y * np.sin(phi), y * np.cos(phi) - x * np.sin(phi)
-    return q * a**2 + b**2 / q
 
 
 def stand_out(residual: Image, noise: Image, look: Mask) -> Image:
@@ -283,12 +281,9 @@ def disc(radius: Image, weights: Image, settings: Preparation) -> float:
 def background_level(image: Image, usable: Mask, radius: Image, fit_radius: float) -> tuple[float, float]:
     """Clipped median of the outer half of the image beyond the disc, and its standard error."""
     far = usable & (radius > max(fit_radius, np.percentile(radius, 60)))
-    values = image[far]
-    for _ in range(3):
-        if len(values) < 10:
-            return np.nan, np.nan
-        middle, sd = np.median(values), 1.4826 * np.median(np.abs(values - np.median(values)))
-        values = values[np.abs(values - middle) <= 3 * max(sd, 1e-300)]
+    values = sigma_clip(image[far], sigma=3, maxiters=3, stdfunc="mad_std", masked=False)
+    if len(values) < 10:
+        return np.nan, np.nan
     return float(np.median(values)), float(1.25 * values.std() / np.sqrt(len(values)))
 
 
@@ -311,17 +306,15 @@ def correlation(field: Image) -> float:
 
 
 def robust_sd(values: NDArray) -> float:
-    """1.4826 times the median distance from the median, of what is a number; 1 where there are few."""
-    values = values[np.isfinite(values)]
-    return float(1.4826 * np.median(np.abs(values - np.median(values)))) if len(values) >= FEW else 1.0
+    """Standard deviation by the median distance from the median, of what is a number; 1 where there are few."""
+    return float(mad_std(values, ignore_nan=True)) if np.isfinite(values).sum() >= FEW else 1.0
 
 
 def block_scatter(field: Image) -> float:
     """Standard deviation of sums over blocks of `BLOCK` x `BLOCK` pixels over that of unit white noise."""
     ny, nx = (side - side % BLOCK for side in field.shape)
     blocks = field[:ny, :nx].reshape(ny // BLOCK, BLOCK, nx // BLOCK, BLOCK).sum((1, 3)) / BLOCK
-    blocks = blocks[np.isfinite(blocks)]
-    return float(1.4826 * np.median(np.abs(blocks - np.median(blocks)))) if len(blocks) >= FEW / BLOCK**2 else 1.0
+    return float(mad_std(blocks, ignore_nan=True)) if np.isfinite(blocks).sum() >= FEW / BLOCK**2 else 1.0
 
 
 def cut_corner(place: float, side: int) -> int:

@@ -139,8 +139,13 @@ def _text(cell: object) -> str:
 
 
 def read_table(path: Path) -> list[Entry]:
-    """The lenses of a table, CSV, ECSV or FITS, or of a folder of lenses. Raises InputError where it is none."""
-    return list(_table_entries(path, str(path)))
+    """The lenses of a table, CSV, ECSV or FITS, or of a folder of lenses.
+
+    Raises InputError where it is none, and for a name that occurs twice.
+    """
+    entries = list(_table_entries(path, str(path)))
+    _refuse_duplicates(entries)
+    return entries
 
 
 def _read_table(path: Path) -> pd.DataFrame:

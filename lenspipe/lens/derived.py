@@ -63,9 +63,12 @@ def eigenvalues(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, T
 
     Several planes also turn the image: their product is the determinant there too.
     """
-    xx, xy, yx, yy = jacobian(deflection, x, y)
+    return _of_jacobian(*jacobian(deflection, x, y))
+
+
+def _of_jacobian(xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor]:
     middle = torch.sqrt(((xx + yy) / 2) ** 2 + ((xy - yx) / 2) ** 2) * torch.sign(xx + yy)
-    half = torch.sqrt(((xx - yy) / 2) ** 2 + ((xy + yx) / 2) ** 2 + torch.finfo(x.dtype).tiny)
+    half = torch.sqrt(((xx - yy) / 2) ** 2 + ((xy + yx) / 2) ** 2 + torch.finfo(xx.dtype).tiny)
     return middle - half, middle + half
 
 
@@ -154,9 +157,7 @@ def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, an
 
     def within(radius: Tensor) -> Tensor:
         x, y = centre[0][:, None] + radius * cos, centre[1][:, None] + radius * sin
-        _, _, xx, xy, yx, yy = _by_differences_of_many(deflection, x, y)
-        middle = torch.sqrt(((xx + yy) / 2) ** 2 + ((xy - yx) / 2) ** 2) * torch.sign(xx + yy)
-        return middle - torch.hypot((xx - yy) / 2, (xy + yx) / 2) < 0
+        return _of_jacobian(*_by_differences(deflection, x, y)[2:])[0] < 0
 
     high = largest[:, None].expand(-1, len(angles)).clone()
     low = 0.02 * high
@@ -166,16 +167,6 @@ def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, an
         inside = within(middle)
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     return torch.where(crosses, (low + high) / 2, torch.nan)
-
-
-def _by_differences_of_many(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """As `_by_differences`, of points [lens, n]."""
-    steps = torch.tensor([[0.0, 0.0], [SHIFT, 0.0], [-SHIFT, 0.0], [0.0, SHIFT], [0.0, -SHIFT]], dtype=x.dtype)
-    at_x, at_y = (torch.cat([axis + step for step in steps[:, i]], 1) for i, axis in enumerate((x, y)))
-    a, b = deflection(at_x, at_y)
-    u, v = ((at - by).unflatten(1, (5, -1)).unbind(1) for at, by in ((at_x, a), (at_y, b)))
-    slopes = [(s[i] - s[i + 1]) / (2 * SHIFT) for s, i in ((u, 1), (u, 3), (v, 1), (v, 3))]
-    return u[0], v[0], *slopes
 
 
 def image_positions(
@@ -218,12 +209,11 @@ def image_positions(
 
 
 def _by_differences(deflection: Deflection, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Source positions and entries xx, xy, yx, yy of the Jacobian, near enough for Newton's method and cheap."""
-    right = torch.tensor([0.0, SHIFT, -SHIFT, 0.0, 0.0], dtype=x.dtype)[:, None]
-    up = torch.tensor([0.0, 0.0, 0.0, SHIFT, -SHIFT], dtype=x.dtype)[:, None]
-    at_x, at_y = x + right, y + up
-    a, b = deflection(at_x.flatten(), at_y.flatten())
-    u, v = at_x - a.reshape(at_x.shape), at_y - b.reshape(at_y.shape)
+    """Source positions and entries xx, xy, yx, yy of the Jacobian at points [..., n], near enough and cheap."""
+    steps = ((0.0, 0.0), (SHIFT, 0.0), (-SHIFT, 0.0), (0.0, SHIFT), (0.0, -SHIFT))
+    at_x, at_y = (torch.cat([axis + step[i] for step in steps], -1) for i, axis in enumerate((x, y)))
+    a, b = deflection(at_x, at_y)
+    u, v = ((at - by).unflatten(-1, (5, -1)).unbind(-2) for at, by in ((at_x, a), (at_y, b)))
     slopes = [(s[i] - s[i + 1]) / (2 * SHIFT) for s, i in ((u, 1), (u, 3), (v, 1), (v, 3))]
     return u[0], v[0], *slopes
 

@@ -182,7 +182,8 @@ def arcs_plane(
 ) -> Figure:
     """Observed image and model without the lens galaxy's light, and what the first look at the image left [sigma].
 
-    All [y, x]; light, model: at the MAP; arcs: outlined in the third panel. Masked pixels are grey.
+    All [y, x]; light, model: at the MAP; arcs: outlined in the third panel, which is left out where there was no first
+    look. Masked pixels are grey.
     """
     data, arc_model = np.where(usable, image - light, np.nan), model - light
     top = float(max(np.percentile(arc_model[usable], 99.8), 3 * np.median(noise[usable])))
@@ -193,11 +194,15 @@ def arcs_plane(
         for panel, picture in zip(panels, (data, arc_model), strict=False):
             shown = _image(panel, picture, extent, "light", -0.2 * top, top)
             _curve(panel, curve)
+        figure.colorbar(shown, cax=bars[0], label="flux [image units]", extend="both")
+        if not first_light.any():
+            panels[2].set_visible(False)
+            bars[1].set_visible(False)
+            return figure
         left = np.where(usable, (image - first_light) / noise, np.nan)
         first = _residual_image(panels[2], left, extent)
         if arcs.any():
             panels[2].contour(arcs, [0.5], colors=TRUTH, linewidths=0.8, extent=extent, origin="lower")
-        figure.colorbar(shown, cax=bars[0], label="flux [image units]", extend="both")
         figure.colorbar(first, cax=bars[1], label=r"observed − light [$\sigma$]")
     return figure
 

@@ -200,6 +200,12 @@ def test_formats_of_tables(folder: Path, suffix: str) -> None:
     assert entry.facts == {"zero_point": 25.9}
 
 
+def test_a_name_that_occurs_twice_is_told_before_anything_runs(folder: Path) -> None:
+    (folder / "t.csv").write_text("name,image,psf\na,a/image.fits,a/psf.fits\na,b/image.fits,b/psf.fits\n")
+    with pytest.raises(InputError, match="lens a occurs twice"):
+        read_table(folder / "t.csv")
+
+
 def test_noise_from_background_and_exposure(folder: Path) -> None:
     files = LensFiles(
         folder / "a/image.fits", folder / "a/psf.fits", background_rms=0.01, exposure_time=500.0, gain=2.0

@@ -118,3 +118,14 @@ def test_image_without_light_or_with_masked_pixels() -> None:
     assert len(drawn.axes) == 5
     source = figures.source_plane(image, image, (-1, 1, -1, 1), image, (-2, 2, -1, 1), "true", np.zeros((4, 2)))
     assert figures.embedded(source)
+
+
+def test_arcs_without_a_first_look_have_two_panels() -> None:
+    image, usable = np.random.default_rng(0).normal(size=(20, 20)), np.ones((20, 20), bool)
+    blank, no_arcs, curve = np.zeros((20, 20)), np.zeros((20, 20), bool), np.zeros((4, 2))
+
+    def panels(first: np.ndarray) -> int:
+        drawn = figures.arcs_plane(image, blank, image, first, no_arcs, usable, np.ones((20, 20)), 0.1, curve)
+        return sum(axes.get_visible() and bool(axes.get_title()) for axes in drawn.axes)
+
+    assert (panels(blank), panels(image)) == (2, 3)
