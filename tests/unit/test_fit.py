@@ -333,6 +333,31 @@ def test_magnification_and_images(model: tuple[LensModel, Tensor]) -> None:
     found = derived.geometry(lens, w)
     np.testing.assert_allclose(found["einstein_radius"], 1.1, rtol=1e-3)
     assert found["images"].tolist() == [4, 4]
+    curves, caustics = derived.critical_curves(lens, 1, w)
+    np.testing.assert_allclose(derived.equal_area_radius(curves), 1.1, rtol=1e-3)
+    assert np.abs(caustics).max() < 0.3 < np.abs(curves).max()  # an astroid of some e theta_E about the lens
+
+
+def test_half_of_the_light_of_a_gaussian_is_within_its_radius(model: tuple[LensModel, Tensor]) -> None:
+    """1.177 standard deviations, here of 8 of the 64 pixels; and the signal-to-noise goes as the brightness."""
+
+    class Round(Source):
+        size = 1
+
+        def forward(self, w: Tensor) -> Tensor:
+            axis = torch.arange(64, dtype=w.dtype) - 31.5
+            return (1 + 0 * w)[..., None] * torch.exp(-(axis.square() + axis[:, None].square()) / (2 * 8**2))
+
+    def fixed(flux: str) -> LensModel:
+        priors = Config().priors.expressions() | {"source_size": parse_prior("2.0"), "source_flux": parse_prior(flux)}
+        return LensModel(model[0].batch, PriorMap(priors), Round(), model[0].optics)
+
+    w = torch.zeros(3, fixed("1").size, dtype=torch.float64)
+    radius = derived.half_light_radius(fixed("1"), w)
+    np.testing.assert_allclose(radius.numpy(), 1.177 * 8 / 64 * 2.0, atol=0.5 * 2.0 / 64)
+    bright, dim = (derived.lensed_signal_to_noise(fixed(flux), w) for flux in ("2", "1"))
+    np.testing.assert_allclose(bright, 2 * dim)
+    assert (dim > 10).all()
 
 
 def test_search_reaches_the_truth(model: tuple[LensModel, Tensor]) -> None:
