@@ -83,9 +83,10 @@ FLAGS = {
     "the chains are too short",
     "divergences": "more divergent draws than summary.divergence_fraction_max allows: the chains may miss a part",
     "energy": "E-BFMI of a chain below summary.bfmi_min: the chains may not have reached the posterior's tails",
-    "chi2_high": "chi² higher than the noise explains (summary.predictive_p_min, chi2_floor): "
+    "chi2_high": "chi² higher than the noise explains (summary.predictive_p_min, chi2_floor; chi2_measured_max for an "
+    "image whose empty pixels were measured): "
     "the model does not fit, or the noise map is too low",
-    "chi2_low": "chi² lower than the noise explains (summary.predictive_p_min, chi2_floor): "
+    "chi2_low": "chi² lower than the noise explains (summary.predictive_p_min, chi2_floor, chi2_measured_max): "
     "the noise map is too high, as those of drizzled images may be",
     "residuals": "neighbouring residuals correlate on the arcs more than elsewhere, by more than "
     "summary.residual_excess_max and summary.residual_significance allow: the model leaves light there",
