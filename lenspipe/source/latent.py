@@ -16,6 +16,8 @@ from lenspipe.errors import TrainingError
 from lenspipe.source.training import augmented
 from lenspipe.source.vae import VAE
 
+VIEWS = 16  # of every galaxy, turned and flipped at random, that a flow is fitted to
+
 
 class GaussianLatent(nn.Module):
     """z = mean + scale w; mean: [latents], scale: [latents, latents], lower triangular."""
@@ -120,8 +122,9 @@ def flow_latent(
 ) -> FlowLatent:
     """A flow of `shape` (coupling layers, hidden features), fitted to the aggregate posterior: draws from e(z | x).
 
-    images, validation_images: [n, 64, 64]; the first are turned and flipped anew in every epoch. The weights with the
-    greatest mean log density of the validation galaxies are kept; `report` is given that of each epoch.
+    images, validation_images: [n, 64, 64]; epochs take turns with `VIEWS` sets of the first, turned and flipped at
+    random. The weights with the greatest mean log density of the validation galaxies are kept; `report` is given that
+    of each epoch.
     Raises TrainingError where it is no longer finite.
     """
     with torch.random.fork_rng():
@@ -133,8 +136,11 @@ def flow_latent(
         optimiser = torch.optim.Adam(latent.parameters(), lr=1e-3, weight_decay=1e-5)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
         best, kept = -math.inf, latent.state_dict()
-        for _ in range(epochs):
-            means, sds = encoded(vae, augmented(images))
+        views: list[tuple[Tensor, Tensor]] = []
+        for epoch in range(epochs):
+            if epoch < VIEWS:  # a large encoder costs more than the flow
+                views.append(encoded(vae, augmented(images)))
+            means, sds = views[epoch % VIEWS]
             for rows in torch.randperm(len(means)).split(128):
                 loss = -latent.log_density(draw(means[rows], sds[rows])).mean()
                 optimiser.zero_grad()
