@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -58,8 +59,7 @@ class Convolution:
         if self.direct:
             return self._directly(image)
         transfer = self.transfer.reshape(len(self.transfer), *[1] * (image.ndim - 3), *self.transfer.shape[-2:])
-        blurred = torch.fft.irfft2(torch.fft.rfft2(image, s=self.padded) * transfer, s=self.padded)
-        return blurred[..., : self.shape[0], : self.shape[1]]
+        return _ByTransfer.apply(image, transfer, self.padded)
 
     def _directly(self, image: Tensor) -> Tensor:
         ky, kx = self.kernel.shape[-2:]
@@ -70,3 +70,30 @@ class Convolution:
         padded = functional.pad(channels, (before[1], after[1], before[0], after[0]))
         blurred = functional.conv2d(padded, flipped, groups=len(image))
         return blurred.transpose(0, 1).reshape(image.shape)
+
+
+class _ByTransfer(torch.autograd.Function):
+    """Convolution by FFT. Its gradient is one with the conjugate: autograd's takes a full complex FFT."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(image: Tensor, transfer: Tensor, padded: tuple[int, int]) -> Tensor:
+        blurred = torch.fft.irfft2(torch.fft.rfft2(image, s=padded) * transfer, s=padded)
+        return blurred[..., : image.shape[-2], : image.shape[-1]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, transfer, ctx.padded = inputs
+        ctx.save_for_backward(transfer)
+        ctx.save_for_forward(transfer)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (transfer,) = ctx.saved_tensors
+        return _ByTransfer.apply(gradients[0], transfer.conj(), ctx.padded), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (transfer,) = ctx.saved_tensors
+        return _ByTransfer.apply(tangents[0], transfer, ctx.padded)

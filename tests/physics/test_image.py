@@ -17,6 +17,7 @@ from lenstronomy.LightModel.light_model import LightModel
 from references import lenstronomys
 from scipy.ndimage import map_coordinates
 from scipy.signal import fftconvolve
+from torch import Tensor
 
 from lenspipe.config import Lens
 from lenspipe.image import light
@@ -39,6 +40,23 @@ def test_convolution_equals_the_direct_one(shape: tuple[int, int]) -> None:
     for lens in range(2):
         expected = fftconvolve(image[lens, 1].numpy(), kernel[lens].numpy())[y : y + 20, x : x + 24]
         np.testing.assert_allclose(blurred[lens, 1].numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (5, 6)])
+def test_derivatives_of_the_convolution(shape: tuple[int, int]) -> None:
+    """By FFT and directly: both modes, twice, of kernels that are not symmetric, and a batch of directions."""
+    generator = torch.Generator().manual_seed(0)
+    blur = Convolution(torch.rand(2, *shape, generator=generator, dtype=torch.float64), (6, 7))
+    image = torch.rand(2, 1, 6, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def energy(image: Tensor) -> Tensor:
+        return blur(image).square()
+
+    assert torch.autograd.gradcheck(energy, image, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(energy, image)
+    ways = torch.rand(3, *image.shape, generator=generator, dtype=torch.float64)
+    along = torch.func.vmap(lambda way: torch.func.jvp(blur, (image.detach(),), (way,))[1])(ways)
+    torch.testing.assert_close(along, torch.stack([blur(way) for way in ways]))
 
 
 @pytest.mark.parametrize("side", [5, 11])

@@ -123,6 +123,20 @@ def test_derivatives_of_the_table_are_those_of_the_interpolant(table: Deflection
     )
 
 
+def test_second_derivatives_of_the_table(table: DeflectionTable) -> None:
+    """A gradient of a gradient does not take what the first one kept for constants."""
+    x, y = torch.randn(2, 2, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    columns = torch.tensor(
+        [[1.2, 0.8], [1.4, 2.2], [0.4, 0.8], [0.3, -1.0], [0.0, 0.1], [0.1, 0.0]], dtype=torch.float64
+    )
+
+    def of(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return table.deflection(x, y, *columns)
+
+    inputs = x.clone().requires_grad_(), columns.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(of, inputs, eps=1e-7, rtol=1e-3, atol=1e-4)
+
+
 def test_derivatives_on_the_axes_and_next_to_them(table: DeflectionTable) -> None:
     """Where a component changes its sign its slope does not: as the series has it."""
     x = torch.tensor([[0.0, 1e-9, 1.0, 0.7, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
