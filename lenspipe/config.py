@@ -268,6 +268,7 @@ class SersicSource(Section):
     """A Sersic profile with a brightness of 1 at its centre; lengths in units of the image's width, source_size."""
 
     kind: Literal["sersic"]
+    pixels: int = Field(64, ge=64, le=512, description="side of its image [px]: a compact source needs more")
     R_sersic: Prior = prior("LogNormal(0.12, 0.4)", "half-light radius, on the intermediate axis")
     n_sersic: Prior = prior("TruncatedNormal(1.5, 0.8, 0.5, 6)", "Sersic index")
     e1: Prior = prior("TruncatedNormal(0, 0.2, -0.6, 0.6)", "ellipticity component")

@@ -100,7 +100,7 @@ class LensModel:
         return torch.stack([p["source_x"] - size * u, p["source_y"] - size * v, size], -1)
 
     def source_plane(self, w: Tensor, frame: Tensor) -> Tensor:
-        """Brightness of the sources, in flux units, on the 64 x 64 pixels of a frame [lens, 3]: [lens, 64, 64]."""
+        """Brightness of the sources, in flux units, on as many pixels over a frame [lens, 3]: [lens, m, m]."""
         source = self.source(self.split(w)[1])
         n = source.shape[-1]
         axis = (torch.arange(n, dtype=w.dtype, device=w.device) - (n - 1) / 2) / n
@@ -140,7 +140,7 @@ class LensModel:
 
     @torch.no_grad()
     def parts(self, p: Parameters, source: Tensor, rows: Tensor | None = None) -> Iterator[Part]:
-        """The images of parameters [n] and sources [n, 64, 64], of the lenses at `rows` [n], in their windows."""
+        """The images of parameters [n] and sources [n, m, m], of the lenses at `rows` [n], in their windows."""
         rows = torch.arange(len(source), device=source.device) if rows is None else rows
         p, source = {name: value.detach() for name, value in p.items()}, source.detach()
         lit = self.simulator.lit(p, light_centre(source), rows)
@@ -232,7 +232,7 @@ class LensModel:
 
 
 def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives [lens, n] of the centre of the light of images [lens, 64, 64] along `d_source` [lens, n, 64, 64]."""
+    """Derivatives [lens, n] of the centre of the light of images [lens, m, m] along `d_source` [lens, n, m, m]."""
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(light_centre, (source,), (direction,))[1]

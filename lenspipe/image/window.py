@@ -23,9 +23,8 @@ from torch import Tensor
 
 BLOCKS = 48  # blocks along the longer side of a frame, at most
 STEP = 16  # sides of windows are multiples of this [px], or those of the frame
-SOURCE_EDGE = (
-    0.5 + 2.1 / 64
-)  # how far from its middle a source image sheds light, in its widths: interpolation reaches 2 px
+# how far from its middle a source image sheds light, in its widths: interpolation reaches 2 px of at least 64
+SOURCE_EDGE = 0.5 + 2.1 / 64
 
 
 @dataclass(frozen=True)

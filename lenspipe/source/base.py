@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # side of the images that are learned from [px]; the least of any source
 
 
 class Source(nn.Module):
-    """Images [n, 64, 64] of w [n, size], w ~ N(0, I); continuous in w, with derivatives nearly everywhere.
+    """Images [n, m, m] of w [n, size], w ~ N(0, I); continuous in w, with derivatives nearly everywhere.
 
     A kind of source is one file with a subclass of this; it is built from its section of the settings alone or, where
     it is learned, from tensors that the stage `source` puts into its file. `prior.py` lists them.
@@ -20,7 +20,7 @@ class Source(nn.Module):
     size: int  # number of entries of w
 
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, and their derivatives with respect to w [n, size, 64, 64]; by forward mode."""
+        """Images, and their derivatives with respect to w [n, size, m, m]; by forward mode."""
         (derivatives,) = pushed_forward(lambda w: (self(w),), w)
         return self(w), derivatives
 
@@ -47,6 +47,6 @@ def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor)
     return tuple(derivative.transpose(0, 1) for derivative in derivatives)
 
 
-def pixel_axis() -> Tensor:
-    """Centres of the pixels along one axis, in units of the image's width from its centre: [64]."""
-    return (torch.arange(IMAGE_SIZE) - (IMAGE_SIZE - 1) / 2) / IMAGE_SIZE
+def pixel_axis(pixels: int = IMAGE_SIZE) -> Tensor:
+    """Centres of the pixels along one axis, in units of the image's width from its centre: [pixels]."""
+    return (torch.arange(pixels) - (pixels - 1) / 2) / pixels

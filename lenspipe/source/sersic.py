@@ -9,9 +9,9 @@ from lenspipe.config import SersicSource as Settings
 from lenspipe.image.light import elliptical_radius2, sersic_b
 from lenspipe.lens.coordinates import axis_ratio
 from lenspipe.prior_map import PriorMap
-from lenspipe.source.base import IMAGE_SIZE, Source, pixel_axis
+from lenspipe.source.base import Source, pixel_axis
 
-CORE = 0.5 / IMAGE_SIZE  # radius within which the cusp is rounded off, half a pixel
+CORE = 0.5  # radius within which the cusp is rounded off [px]
 
 
 class SersicSource(Source):
@@ -21,16 +21,17 @@ class SersicSource(Source):
         super().__init__()
         self.priors = PriorMap(settings.expressions())
         self.size = len(self.priors.free)
-        self.axis = nn.Buffer(pixel_axis(), persistent=False)
+        self.axis = nn.Buffer(pixel_axis(settings.pixels), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
         return self.profile(self.priors(w))
 
     def profile(self, p: dict[str, Tensor]) -> Tensor:
-        """Images [n, 64, 64] of parameters [n]."""
+        """Images [n, pixels, pixels] of parameters [n]."""
         e1, e2, R_sersic, n_sersic = (p[name][:, None, None] for name in ("e1", "e2", "R_sersic", "n_sersic"))
         q, phi = axis_ratio(e1, e2)
         axis, zero = self.axis.to(e1.dtype), torch.zeros_like(e1)
-        radius2 = elliptical_radius2(axis + zero, axis[:, None] + zero, q, phi, zero, zero) + CORE**2
-        fall = (radius2 / R_sersic**2) ** (0.5 / n_sersic) - (CORE / R_sersic) ** (1 / n_sersic)
+        core = CORE / len(axis)
+        radius2 = elliptical_radius2(axis + zero, axis[:, None] + zero, q, phi, zero, zero) + core**2
+        fall = (radius2 / R_sersic**2) ** (0.5 / n_sersic) - (core / R_sersic) ** (1 / n_sersic)
         return torch.exp(-sersic_b(n_sersic) * fall)

@@ -36,7 +36,7 @@ from lenspipe import cli
 
 PRESET = Path(__file__).parents[2] / "workflow/presets/observed.yaml"
 FIT = {"chains": 4, "warmup": 150, "draws": 200, "rounds": 2}
-SERSIC = {"kind": "sersic", "R_sersic": 0.15, "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
+SERSIC = {"kind": "sersic", "pixels": 192, "R_sersic": 0.15, "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
 WIDE = {
     "theta_E": "TruncatedNormal(1.2, 0.4, 0.4, 3)",
     "gamma": "TruncatedNormal(2, 0.25, 1.3, 2.7)",
@@ -233,7 +233,9 @@ def compared(row: pd.Series, truth: dict[str, float]) -> dict[str, Any]:
     line: dict[str, Any] = {"name": row["name"], "status": row["status"], "flags": row["flags"]}
     if row["status"] == "failed":
         return line | {"reason": row["reason"]}
-    for name in ("theta_E", "gamma", "q"):
+    for name in ("theta_E", "gamma", "q", "e1", "e2"):
+        if name not in truth:
+            continue
         median, sd = float(row[f"{name}_median"]), (float(row[f"{name}_p84"]) - float(row[f"{name}_p16"])) / 2
         off = median - truth[name]
         found = {"true": truth[name], "median": median, "sd": sd, "percent": 100 * off / truth[name], "sigma": off / sd}
