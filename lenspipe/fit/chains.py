@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
-from lenspipe.fit.hmc import Draws, Run
+from lenspipe.fit.hmc import PLACES, Draws, Run
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -105,17 +105,17 @@ def begun(
     target, center = chains.value_and_gradient, found.w[lenses]
     if number == 0:
         return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian)
-    places = torch.cat([draws.w[:, :, -1] for draws in before])
-    hessian = chains.hessian(places.flatten(0, 1)).unflatten(0, places.shape[:2]).mean(1)
+    places = torch.cat([thinned(draws, PLACES).w for draws in before])  # [lens, chain, place, size]
+    curvatures = [chains.hessian(w.flatten(0, 1)).unflatten(0, w.shape[:2]).mean(1) for w in places.unbind(2)]
     return Run(
         target,
         center,
-        hessian,
+        torch.stack(curvatures).mean(0),
         settings,
         generators,
         warmup=settings.warmup // LATER_WARMUP,
         draws=settings.draws * 2 ** (number - 1),
-        begin=places,
+        begin=places[:, :, -1],
         step=torch.cat([draws.step_size for draws in before]),
     )
 

@@ -1,9 +1,10 @@
 """Hamiltonian Monte Carlo for many lenses at once, each with its own metric, step size and random numbers.
 
 Coordinates are whitened by the Gauss-Newton Hessian H: w = w_map + L^-T u with H = L L^T; at first H is the one at the
-maximum, then, three times during the warm-up, the mean over where the chains are: a trajectory meets the curvature of
-the whole posterior, not of its top. The step size of a lens is tuned by dual averaging over its chains (Hoffman &
-Gelman 2014, algorithm 5); a trajectory's length is drawn anew for every draw, the same for all chains of a lens.
+maximum, then, three times during the warm-up, the mean over the places where the chains have been, eighteen each in the
+end: a trajectory meets the curvature of the whole posterior, not of its top. The step size of a lens is tuned by dual
+averaging over its chains (Hoffman & Gelman 2014, algorithm 5); a trajectory's length is drawn anew for every draw, the
+same for all chains of a lens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lenspipe.config import Fit
 Target = Callable[..., tuple[Tensor, Tensor]]  # of w [n, size] and, where it is not of all rows, of their numbers [n]
 STEP_STATE = ("log_step", "anchor", "error", "averaged")  # tensors of a step size
 ALL = slice(None)
+PLACES = 18  # of each chain over which Hessians are averaged for the last metric
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
 
 
@@ -119,7 +121,7 @@ class Run:
         self.curvature, self.iteration = curvature, 0
         self.warmup = settings.warmup if warmup is None else warmup
         self.draws = settings.draws if draws is None else draws
-        self.hessian = hessian
+        self.hessian, self.curved, self.places = hessian, torch.zeros_like(hessian), 0
         self.metric = Metric(target, center, hessian, settings.chains)
         if begin is None:
             self.u = _normal(generators, center.device, settings.chains, size)
@@ -143,8 +145,8 @@ class Run:
     def advance(self) -> None:
         """One draw of every chain."""
         tuning = self.iteration < self.warmup
-        if self.curvature and self.iteration in {self.warmup * part // 5 for part in (1, 2, 3)} - {0}:
-            self._refresh()
+        if tuning and self.curvature:
+            self._look_about()
         size = torch.exp(self.step.log_step if tuning else self.step.averaged)
         length = self.settings.path_length * 2 * _uniform(self.generators, self.u.device, 1)[:, 0]
         leaps = torch.ceil(length / size).clamp(1, self.settings.max_leapfrog_steps)
@@ -176,11 +178,23 @@ class Run:
         columns = {name: torch.stack([draw[name] for draw in self.kept], dim=2) for name in self.kept[0]}
         return Draws(**columns, step_size=torch.exp(self.step.averaged))
 
+    def _look_about(self) -> None:
+        """Add the Hessian to those of earlier draws; three times, take their mean for the metric."""
+        refreshed = {self.warmup * part // 5 for part in (1, 2, 3)} - {0}
+        last = max(refreshed, default=0)
+        if not 0 < self.iteration <= last:
+            return
+        if self.iteration % max(1, last // PLACES) == 0 or self.iteration in refreshed:
+            assert self.curvature is not None
+            self.curved += self.curvature(self.w.flatten(0, 1)).unflatten(0, self.u.shape[:2]).mean(1)
+            self.places += 1
+        if self.iteration in refreshed:
+            self._refresh()
+
     def _refresh(self) -> None:
-        """Take the mean Hessian over where the chains of each lens are for the metric; the step size begins anew."""
-        assert self.curvature is not None
+        """Take the mean Hessian over where the chains have been for the metric; the step size begins anew."""
         w = self.w
-        self.hessian = self.curvature(w.flatten(0, 1)).unflatten(0, self.u.shape[:2]).mean(1)
+        self.hessian = self.curved / self.places
         self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains)
         self.u = self.metric.whitened(w.flatten(0, 1))
         self.value, self.gradient = self.metric.target(self.u)
@@ -194,20 +208,20 @@ class Run:
             if self.kept
             else {}
         )
-        own = {name: getattr(self, name) for name in ("hessian", "u", "value", "gradient")}
-        counts = torch.tensor([self.iteration, self.step.count])
+        own = {name: getattr(self, name) for name in ("hessian", "curved", "u", "value", "gradient")}
+        counts = torch.tensor([self.iteration, self.step.count, self.places])
         return (
             own | steps | kept | {"counts": counts, "generators": torch.stack([g.get_state() for g in self.generators])}
         )
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a state of a run with the same settings."""
-        for name in ("hessian", "u", "value", "gradient"):
+        for name in ("hessian", "curved", "u", "value", "gradient"):
             setattr(self, name, state[name])
         self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains)
         for name in STEP_STATE:
             setattr(self.step, name, state[f"step.{name}"])
-        self.iteration, self.step.count = state["counts"].tolist()
+        self.iteration, self.step.count, self.places = state["counts"].tolist()
         for generator, own in zip(self.generators, state["generators"], strict=True):
             generator.set_state(own.clone())  # as read from a file it may be unaligned
         names = [name.removeprefix("kept.") for name in state if name.startswith("kept.")]
