@@ -259,6 +259,9 @@ def check_lenses(
     prepare: Annotated[
         bool, typer.Option(help="look for deflector and arcs too, as with catalogue.preparation")
     ] = True,
+    config: Annotated[
+        Path | None, typer.Option(help="settings whose catalogue.preparation is taken; the usual one if none")
+    ] = None,
 ) -> None:
     """Say of every lens of a table whether it can be used, or why not, before anything runs."""
     from lenspipe.catalogue.observed import read_lens
@@ -268,9 +271,11 @@ def check_lenses(
     listing, unusable = Console(highlight=False, soft_wrap=True), 0
     with plain_errors():
         entries = read_table(table)
+        own = load_config(config).catalogue.preparation if config else None
+        preparation = (own or Preparation()) if prepare else None
     for entry in entries:
         try:
-            lens = read_lens(entry.files, Preparation() if prepare else None)
+            lens = read_lens(entry.files, preparation)
         except InputError as error:
             unusable += 1
             listing.print(f"{entry.name}: [red]unusable:[/red] {escape(str(error))}")

@@ -29,7 +29,7 @@ from lenspipe import cli
 from lenspipe.results import Results
 
 PRESET = Path(__file__).parents[2] / "workflow/presets/real.yaml"
-NOISE = [{"name": "snr100", "sd": 0.08}, {"name": "snr400", "sd": 0.02}]
+NOISE = [{"name": "snr100", "sd": 0.036}, {"name": "snr400", "sd": 0.0075}]
 RESIDUALS: dict[str, dict[str, Any]] = {
     "none": {"components": 0},
     "default": {},
