@@ -603,6 +603,7 @@ class Preparation(Section):
     core_radius: float = Field(
         0.0, ge=0, description='radius about the deflector that is not fitted ["]; where its PSF is not well known'
     )
+    mask_cosmic_rays: bool = Field(True, description="leave out what is sharper than the PSF (van Dokkum 2001)")
     inflate_noise: bool = Field(
         True,
         description="multiply the noise map by what the scatter of blocks of empty pixels is above it, as drizzling"

@@ -77,7 +77,8 @@ class LensImage:
             words.append(f"deflector at column {found.center_column:.1f}, row {found.center_row:.1f}")
             arcs = f"arcs at {found.arc_radius:.2f} arcsec, S/N {found.first_arc_snr:.0f}"
             words.append(arcs if found.arcs.any() else "no arcs seen")
-            words.append(f"{found.companions} other objects masked")
+            hit = f" and {found.cosmic_rays} px of cosmic rays" if found.cosmic_rays else ""
+            words.append(f"{found.companions} other objects{hit} masked")
         return ", ".join([*words, *self.notes])
 
 

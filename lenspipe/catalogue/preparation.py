@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from astropy.stats import mad_std, sigma_clip
+from astroscrappy import detect_cosmics
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 from scipy.optimize import minimize, nnls
@@ -37,6 +38,8 @@ SURE = 20.0  # signal-to-noise below which what stands out does not say how larg
 FEW = 500  # pixels below which the empty part of an image says nothing about its noise
 BLOCK = 4  # side of the blocks over which the noise is measured [px]
 CAP = 10.0  # significance of a pixel above which it counts no more
+SHARP = {"sigclip": 6.0, "sigfrac": 0.3, "objlim": 2.5, "niter": 2}  # of cosmic rays, as in LA Cosmic
+CORE = 7  # [px] from the middle of the PSF that they are held against
 SIDE_STEP = 16  # sides of cut-outs are multiples of this [px]
 
 
@@ -59,7 +62,8 @@ class Prepared:
     light: of the deflector at the first look; arcs: what is taken for them; center_column, center_row: of the deflector
     in the whole image [px]; background, background_sd: clipped median of the image beyond the disc, and its error;
     fit_radius: of the disc that is fitted ["]; arc_radius, first_arc_snr: mean radius ["] and signal-to-noise of the
-    arcs; companions: how many objects were masked in the disc; masked: share of its pixels that is not fitted;
+    arcs; companions, cosmic_rays: how many objects and pixels hit were masked in the disc; masked: share of its pixels
+    that is not fitted;
     light_unit, flux_unit: brightnesses of the deflector at half an arcsec and of the arcs; corner: column and row of
     the cut-out's first pixel in the whole image. Of the empty part: noise_correlation, that of neighbouring pixels;
     noise_inflation, what the noise map would have to be multiplied by to be right over blocks of pixels, as it was
@@ -80,6 +84,7 @@ class Prepared:
     arc_radius: float
     first_arc_snr: float
     companions: int
+    cosmic_rays: int
     masked: float
     light_unit: float
     flux_unit: float
@@ -102,6 +107,8 @@ def prepare(
 
     Raises InputError where there is no deflector.
     """
+    hit = cosmic_rays(image, noise, usable, psf) if settings.mask_cosmic_rays else np.zeros_like(usable)
+    usable = usable & ~hit
     column, row = deflector(image, noise, usable, pixel_scale, settings, wishes)
     pixels = np.indices(image.shape).astype(float)
     x: Image = pixel_scale * (pixels[1] - column)
@@ -148,6 +155,7 @@ def prepare(
         arc_radius=arc_radius,
         first_arc_snr=snr,
         companions=companions,
+        cosmic_rays=int((hit & within).sum()),
         masked=1 - float(good.sum()) / max(1.0, np.pi * (fit_radius / pixel_scale) ** 2),
         light_unit=max(light_unit, floor),
         flux_unit=flux_unit,
@@ -180,6 +188,24 @@ def deflector(
     at = np.s_[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
     weight = np.clip(smooth[at] - smooth[at].min(), 0, None)
     return float((weight * x[at]).sum() / weight.sum()), float((weight * y[at]).sum() / weight.sum())
+
+
+def cosmic_rays(image: Image, noise: Image, usable: Mask, psf: Image) -> Mask:
+    """Pixels hit by cosmic rays: what is sharper than the PSF (LA Cosmic, van Dokkum 2001), stars are not."""
+    y, x = (n // 2 for n in psf.shape)
+    reach = min(CORE, y, x, *((n - 1) // 2 for n in psf.shape))
+    core = psf[y - reach : y + reach + 1, x - reach : x + reach + 1].astype("float32")
+    hit, _ = detect_cosmics(
+        np.where(usable, image, 0.0).astype("float32"),
+        inmask=~usable,
+        invar=np.where(usable, noise, 1.0).astype("float32") ** 2,
+        satlevel=np.inf,
+        cleantype="medmask",
+        fsmode="convolve",
+        psfk=np.ascontiguousarray(core / core.sum()),
+        **SHARP,
+    )
+    return np.asarray(hit, dtype=bool) & usable
 
 
 def deflector_light(

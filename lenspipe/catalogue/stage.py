@@ -36,6 +36,7 @@ FOUND = (
     "arc_radius",
     "first_arc_snr",
     "companions",
+    "cosmic_rays",
     "masked",
     "noise_correlation",
     "noise_inflation",

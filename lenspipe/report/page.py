@@ -72,6 +72,7 @@ FINDINGS = {
     "fit_radius": ("radius of the disc that is fitted", ".2f", "″"),
     "masked": ("share of it that is masked", ".1%", ""),
     "companions": ("objects masked in it", ".0f", ""),
+    "cosmic_rays": ("pixels of it hit by cosmic rays", ".0f", ""),
     "background": ("background beyond it, in image units", ".3g", ""),
     "noise_correlation": ("correlation of neighbouring empty pixels", ".2f", ""),
     "noise_inflation": ("scatter of blocks of empty pixels over the noise map's", ".2f", ""),

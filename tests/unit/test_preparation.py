@@ -100,6 +100,25 @@ def test_companions_are_masked() -> None:
     assert without.usable[row, column]
 
 
+def test_cosmic_rays_are_masked_and_what_has_the_width_of_the_psf_is_not() -> None:
+    """Hits of one to three pixels on the arcs and beside them, a knot as sharp as the PSF on an arc."""
+    clean = scene()
+    at = [(80, 105), (92, 99), (60, 83), (75, 60), (55, 95), (85, 70)]
+    hit = np.zeros(clean.shape, dtype=bool)
+    for number, (row, column) in enumerate(at):
+        for step in range(1 + number % 3):
+            hit[row + step, column + step] = True
+    knot = np.zeros(clean.shape)
+    knot[86, 101] = 40 * NOISE / PSF.max()
+    knot = clean + gaussian_filter(knot, 1.2)
+    found = prepared(np.where(hit, clean + 40 * NOISE, clean))
+    assert found.cosmic_rays == pytest.approx(hit.sum(), abs=3)
+    seen = cut(hit, found.corner, found.image.shape[0], False)
+    assert (seen & ~found.usable).sum() >= 0.8 * hit.sum()
+    assert [prepared(image).cosmic_rays for image in (clean, knot)] == [0, 0]
+    assert prepared(np.where(hit, clean + 40 * NOISE, clean), mask_cosmic_rays=False).cosmic_rays == 0
+
+
 def test_an_image_without_arcs_has_none() -> None:
     found = prepared(scene(companion=False, arcs=False))
     assert found.first_arc_snr < 15
@@ -247,6 +266,12 @@ def test_the_command_says_what_can_be_used(folder: Path) -> None:
     assert good.exit_code == 0
     assert "a: usable: " in good.output
     assert "2 of 2 lenses can be used" in good.output
+    config = folder.parent / "config.yaml"
+    config.write_text("catalogue: {preparation: {centre_within: 0.1}}\n")
+    strict = runner.invoke(app, ["check-lenses", str(folder), "--config", str(config)])
+    assert "deflector at column 83." in good.output
+    assert "deflector at column 8" in strict.output
+    assert "deflector at column 83." not in strict.output
     (folder / "b/psf.fits").unlink()
     bad = runner.invoke(app, ["check-lenses", str(folder)])
     assert bad.exit_code == 1
