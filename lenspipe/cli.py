@@ -253,6 +253,26 @@ def export_the_table(
     console.print(f"{escape(str(to))}: {count} lens{'' if count == 1 else 'es'}")
 
 
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="folders of results of runs with different models")],
+    to: Annotated[Path | None, typer.Option(help="write the table here too, as CSV")] = None,
+) -> None:
+    """Say for every lens which of several runs, such as with other sources, its data prefer."""
+    from lenspipe.compare import compare as compared
+
+    with plain_errors():
+        rows = compared({str(path): Results(path) for path in results})
+        if to:
+            with artefact.written_whole(to) as temporary:
+                rows.to_csv(temporary, index=False)
+    table = Table("lens", *(f"ln Z, {path}" for path in results), "preferred", "by [nat]", box=None)
+    for row in rows.to_dict("records"):
+        evidences = (f"{row[f'log_evidence:{path}']:.1f}" for path in results)
+        table.add_row(escape(str(row["name"])), *evidences, escape(str(row["preferred"])), f"{row['lead']:.1f}")
+    console.print(table)
+
+
 @app.command("check-lenses")
 def check_lenses(
     table: Annotated[Path, typer.Argument(help="CSV, ECSV or FITS table of lenses, or a folder with one for each")],

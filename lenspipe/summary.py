@@ -46,6 +46,7 @@ AS_STORED = (
     "starts",
     "starts_agreeing",
     "evidence_lead",
+    "log_evidence",
     "prior_depth",
     "prior_depth_of",
     "seconds",

@@ -17,6 +17,7 @@ CENTRES = {"theta_E": 1.2, "gamma": 2.0, "q": 0.8, "source_size": 1.5, "source_f
 DIAGNOSTICS = ("chi2_per_pixel", "predictive_p", "residual_correlation", "residual_excess", "residual_excess_error")
 DIAGNOSTICS += (
     "evidence_lead",
+    "log_evidence",
     "prior_depth",
     "log_density_map",
     "step_size",

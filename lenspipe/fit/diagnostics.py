@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from scipy.stats import chi2 as chi2_distribution
 from torch import Tensor
 
@@ -48,6 +49,7 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
         "starts": ("lens", found.start_count.sum(1).numpy()),
         "starts_agreeing": ("lens", starts_agreeing(found.start_basin.numpy(), found.start_count.numpy())),
         "evidence_lead": ("lens", evidence_lead(evidence)),
+        "log_evidence": ("lens", total_evidence(evidence)),
     }
 
 
@@ -133,6 +135,11 @@ def block_sums(field: NDArray) -> NDArray:
 def starts_agreeing(start_basin: NDArray, start_count: NDArray) -> NDArray:
     """How many starts ended in the best basin, the one numbered 0; each [lens, start] stands for `start_count`."""
     return np.where(start_basin == 0, start_count, 0).sum(1)
+
+
+def total_evidence(log_evidence: NDArray) -> NDArray:
+    """Log evidence of the model of each lens [lens] but for a constant of its data: the sum over its basins."""
+    return logsumexp(np.where(np.isnan(log_evidence), -np.inf, log_evidence), axis=1)
 
 
 def evidence_lead(log_evidence: NDArray) -> NDArray:

@@ -18,7 +18,7 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `basin_parameters`, the same solutions' parameters in the order of `parameter_names` | lens, basin, parameter |
 | `basin_w`, the unknowns of each solution (standard normal) | lens, basin, unknown |
 | `predictive_p`, `residual_correlation`, `residual_excess` and its `_error`, `starts, starts_agreeing` | lens |
-| `draws_above_map`, `evidence_lead` [nat] | lens |
+| `draws_above_map`, `evidence_lead`, `log_evidence` [nat] but for a constant of the data | lens |
 | `prior_depth`, the greatest median of a named unknown's size; `prior_depth_of`, whose | lens |
 | `model_map, model_mean, model_sd`; `light_map`, the lens galaxy alone (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |

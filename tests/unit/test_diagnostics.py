@@ -154,6 +154,8 @@ def test_starts_and_evidence() -> None:
     evidence = np.array([[-100, -120, -102, nan], [-50, -49, nan, nan], [-10, nan, nan, nan]])
     assert diagnostics.evidence_lead(evidence).tolist() == [2, -1, np.inf]
     assert diagnostics.evidence_lead(evidence[:, :1]).tolist() == [np.inf] * 3
+    expected = [-100 + np.log1p(np.exp(-2) + np.exp(-20)), -49 + np.log1p(np.exp(-1)), -10]
+    np.testing.assert_allclose(diagnostics.total_evidence(evidence), expected, rtol=1e-12)
 
 
 def test_depth_in_the_prior_is_that_of_the_worst_parameter() -> None:
