@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "workflow/presets/tiny.yaml"
@@ -40,8 +42,16 @@ def snakemake(directory: Path, *arguments: str, config: Path = TINY) -> subproce
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny preset; tests must not change it."""
-    directory = tmp_path_factory.mktemp("tiny")
-    done = snakemake(directory)
-    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in directory.rglob("results/logs/**/*.log"))
+    """A finished run of the tiny preset, made once, whatever number of test processes; tests must not change it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    directory, finished = shared / "tiny", shared / "tiny-finished"
+    with FileLock(shared / "tiny.lock"):
+        if not finished.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            done = snakemake(directory)
+            logs = (path.read_text() for path in directory.rglob("results/logs/**/*.log"))
+            assert done.returncode == 0, done.stderr + "".join(logs)
+            finished.touch()
     return directory
