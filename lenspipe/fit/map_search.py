@@ -16,9 +16,11 @@ from lenspipe.config import Fit
 from lenspipe.fit.model import LensModel
 
 CONVERGED = 1e-2  # gain in log posterior below which a step at temperature 1 is the last [nat]
+ON_THE_WAY = 0.3  # the same at higher temperatures
 TRIALS = (0.1, 1.0, 10.0)  # factors on the damping that are tried at every step
 DAMPING = (1e-6, 1e8)  # its bounds
 ALIKE = 0.1  # difference of the named unknowns below which two points are one [standard deviations of the prior]
+AS_LIKELY = 1.0  # difference of their log posteriors below which such points go on as one [nat]
 SAME_BASIN = 5.0  # difference of every named unknown below which two points are in one basin [posterior sd]
 FURTHEST = 8.0  # bound of every unknown, in standard deviations of its prior
 
@@ -85,13 +87,8 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     while min(levels[-1].simulator.shape) >= 2 * settings.scout_pixels and levels[-1].coarse() is not levels[-1]:
         levels.append(levels[-1].coarse())
     w, count = scout(levels[-1], settings, generators)
-    lenses, survivors = w.shape[:2]
-    rows = torch.arange(lenses).repeat_interleave(survivors)
     middle = levels[min(1, len(levels) - 1)]
-    settled = w.flatten(0, 1)
-    for temperature in settings.settling_temperatures:
-        settled, value, _ = climb(middle, settled, temperature, settings.steps_per_temperature, rows)
-    w, value = settled.unflatten(0, (lenses, -1)), value.unflatten(0, (lenses, -1))
+    w, value = settle(middle, w, settings)
     return replace(finish(model, middle, w, value, settings), start_count=count)
 
 
@@ -122,6 +119,35 @@ def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) ->
     w, count = w.gather(1, kept[..., None].expand(-1, -1, w.shape[-1])), count.gather(1, kept)
     named, of_source = model.split(w)
     return torch.cat([named, model.source.from_sketch(of_source)], -1), count
+
+
+def settle(model: LensModel, w: Tensor, settings: Fit) -> tuple[Tensor, Tensor]:
+    """Climb from points [lens, start, size] with the whole source, down to the true noise: points, log posteriors.
+
+    Points that have come to the same place go on as one.
+    """
+    own = torch.arange(w.shape[1], device=w.device)
+    stands, w = own.expand(w.shape[:2]), w.clone()
+    value = torch.empty(w.shape[:2], dtype=torch.float64, device=w.device)
+    for temperature in settings.settling_temperatures:
+        lens, start = (stands == own).nonzero(as_tuple=True)
+        w[lens, start], value[lens, start], _ = climb(
+            model, w[lens, start], temperature, settings.steps_per_temperature, lens
+        )
+        w, value = w.gather(1, stands[..., None].expand_as(w)), value.gather(1, stands)
+        stands = merged(model, w, value)
+    return w, value
+
+
+def merged(model: LensModel, w: Tensor, value: Tensor) -> Tensor:
+    """Which point [lens, start] stands for each of the points [lens, start, size]: the best at the same place."""
+    order, alike = likeness(model, w, value)
+    falling = value.gather(1, order)
+    alike &= (falling[:, :, None] - falling[:, None]).abs() < AS_LIKELY
+    stands = torch.empty_like(order).scatter(1, order, order.gather(1, alike.to(torch.uint8).argmax(-1)))
+    for _ in range(w.shape[1]):  # what stands for another may be like a third
+        stands = stands.gather(1, stands)
+    return stands
 
 
 def start_points(model: LensModel, starts: int, generator: torch.Generator) -> Tensor:
@@ -248,6 +274,7 @@ def climb(
     hessian = identity.repeat(len(w), 1, 1)
     damping = torch.full_like(value, 1e-2)
     stale, active = torch.isfinite(value), torch.isfinite(value)
+    least = CONVERGED if temperature == 1 else ON_THE_WAY
     for _ in range(steps):
         rows = (stale & active).nonzero()[:, 0]
         if len(rows):
@@ -273,5 +300,5 @@ def climb(
         ).clamp(*DAMPING)
         value[rows] = torch.where(better, best, value[rows])
         stale[rows] = better
-        active[rows] = (gain >= CONVERGED) & (damping[rows] < DAMPING[1])
+        active[rows] = (gain >= least) & (damping[rows] < DAMPING[1])
     return w, value, ~active & torch.isfinite(value)

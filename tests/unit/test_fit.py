@@ -381,6 +381,20 @@ def test_dropped_starts_count_with_the_one_they_are_like(model: tuple[LensModel,
     assert count[:, [1, 2, 3, 5]].tolist() == [[1, 3, 1, 1]] * 3
 
 
+def test_points_that_come_to_the_same_place_go_on_as_one(model: tuple[LensModel, Tensor]) -> None:
+    """The best of those that are alike and as likely stands for them; all end where they would have ended alone."""
+    lens_model, truth = model
+    offsets = torch.tensor([0.05, 3.0, 0.0, 0.05, 0.13])  # the last is like the first, the first like the third
+    w = offsets[None, :, None].expand(3, -1, lens_model.size).double()
+    value = torch.tensor([[9.5, 8.0, 10.0, 4.0, 9.0]]).expand(3, -1).double()
+    assert map_search.merged(lens_model, w, value).tolist() == [[2, 1, 2, 3, 2]] * 3
+    begun = torch.stack([truth + 1e-3, truth, truth + 0.5], 1)
+    ended, reached = map_search.settle(lens_model, begun, Fit(steps_per_temperature=20))
+    torch.testing.assert_close(ended[:, 0], ended[:, 1], rtol=0, atol=0)
+    alone = map_search.settle(lens_model, begun[:, 2:], Fit(steps_per_temperature=20))[1]
+    assert bool((reached[:, 2:] >= alone - 0.1).all())
+
+
 def test_a_start_agrees_where_its_coarse_maximum_is_elsewhere(model: tuple[LensModel, Tensor]) -> None:
     """Two starts end at one maximum of the coarse pixels, and so in one basin, however far that is from its own end."""
     lens_model, truth = model
