@@ -63,6 +63,11 @@ def device(batch: Batch) -> str:
     return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+def arenas(batch: Batch) -> str:
+    """How many arenas glibc may have in a worker."""
+    return os.environ["MALLOC_ARENA_MAX"]
+
+
 def reads_through_dask(batch: Batch) -> str:
     """Work that waits for a computation of Dask's; says whether its worker did anything else meanwhile."""
     global busy

@@ -270,6 +270,8 @@ def connected(where: Cluster, workers: int) -> Iterator[Client]:
     settings = {
         "distributed.scheduler.allowed-failures": where.retries,
         "distributed.scheduler.worker-saturation": 1.0,  # no second batch waits at a worker while another has none
+        # a thread of glibc's own arenas gives all large tensors back: see `keep_freed_memory`
+        "distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": 1,
     }
     with (
         dask.config.set(site_settings(where) if where.kind == "slurm" else {}),

@@ -28,6 +28,7 @@ from lenspipe.results import Results
 from tests.conftest import ROOT
 from tests.fan_out_work import (
     Batch,
+    arenas,
     deadly,
     device,
     dies_once,
@@ -66,6 +67,11 @@ def test_every_lens_comes_once(workers: int, monkeypatch: pytest.MonkeyPatch) ->
     tasks = batches(*["abc", "d", "efg", "hi", "j", "kl", "m", "nop", "q", "rs", "t"])
     said = outcome(tasks, fitted, Cluster(), workers)
     assert said == dict.fromkeys("abcdefghijklmnopqrst", "fitted")
+
+
+def test_workers_keep_freed_memory() -> None:
+    """Also what a thread has freed: there is one arena for all of them."""
+    assert outcome(batches("a", "b"), arenas, Cluster()) == {"a": "1", "b": "1"}
 
 
 def test_a_lens_that_kills_its_workers_is_the_only_one_lost(tmp_path: Path) -> None:
