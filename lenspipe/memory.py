@@ -15,7 +15,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones.
 
     glibc hands large blocks back to the kernel, which must map and clear them again for every temporary tensor: half
-    of the time of a fit. Other C libraries have no `mallopt` and are left as they are.
+    of the time of a fit. Threads but the first have arenas that cannot keep such blocks, unless MALLOC_ARENA_MAX was 1
+    when the process began, as it is in workers. Other C libraries have no `mallopt` and are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
