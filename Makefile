@@ -12,10 +12,10 @@ run: .venv/installed
 	$(SNAKEMAKE) --profile workflow/profiles/local
 	@echo "report: $(CURDIR)/results/report/report.html"
 
-# Side by side, a file after the other on each processor; those that take longest come first.
+# Side by side, a file after the other on each processor.
 test: .venv/installed
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not statistical and not cluster" --durations 15 \
-	  -n logical --dist loadfile --no-loadscope-reorder tests/workflow tests/unit/test_fit.py tests/statistical tests/unit tests/physics
+	  -n logical --dist loadfile --no-loadscope-reorder tests
 
 # Killed workers and jobs, doubled jobs, a full disk (root), a truncated image.
 test-faults: .venv/installed
