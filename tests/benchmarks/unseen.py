@@ -48,7 +48,7 @@ def fitted(name: str, options: argparse.Namespace) -> pd.DataFrame:
     settings |= {"mocks": {"systems": options.systems, "noise_levels": NOISE}, "fit": options.fit}
     settings |= {"source": {"residual": RESIDUALS[name]}}
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    first = options.folder / next(iter(RESIDUALS)) / "results"
+    first = options.folder / next(iter(RESIDUALS)).replace(" %", "") / "results"
     where = {"config": str(config), "results": results}
     for stage in ("galaxies", "vae", "deflection_table", "source", "mocks", "catalogue"):
         if getattr(Results(results), "source_prior" if stage == "source" else stage).exists():
