@@ -266,7 +266,8 @@ def compare(
         if to:
             with artefact.written_whole(to) as temporary:
                 rows.to_csv(temporary, index=False)
-    table = Table("lens", *(f"ln Z, {path}" for path in results), "preferred", "by [nat]", box=None)
+    title = "log evidence, from that of the preferred run [nat]"
+    table = Table("lens", *(escape(str(path)) for path in results), "preferred", "by [nat]", box=None, title=title)
     for row in rows.to_dict("records"):
         evidences = (f"{row[f'log_evidence:{path}']:.1f}" for path in results)
         table.add_row(escape(str(row["name"])), *evidences, escape(str(row["preferred"])), f"{row['lead']:.1f}")

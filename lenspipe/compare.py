@@ -9,8 +9,8 @@ import pandas as pd
 
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.errors import InputError
-from lenspipe.results import AS_WRITTEN, Results
-from lenspipe.summary import TEXTS
+from lenspipe.results import Results
+from lenspipe.summary import read_summary
 
 BESIDE = ("theta_E_median", "gamma_median", "chi2_per_pixel", "status")  # of every run, for the eye
 
@@ -50,9 +50,7 @@ def compare(runs: Mapping[str, Results]) -> pd.DataFrame:
 
 def _lenses(paths: Results) -> pd.DataFrame:
     """The summary by name, with the hash of each lens's data."""
-    if not paths.summary.is_file():
-        raise InputError(f"{paths.summary}: no summary of the lenses here; run the stage summary first")
-    table = pd.read_csv(paths.summary, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
+    table = read_summary(paths.summary)
     if "log_evidence" not in table:
         raise InputError(f"{paths.summary}: no column log_evidence; fit again with this version")
     hashes = read_catalogue(paths.catalogue)[["name", "hash"]]

@@ -13,8 +13,8 @@ from astropy.table import Table
 
 from lenspipe import artefact
 from lenspipe.errors import InputError
-from lenspipe.results import AS_WRITTEN, Results
-from lenspipe.summary import TEXTS, unit_of
+from lenspipe.results import Results
+from lenspipe.summary import read_summary, unit_of
 
 COLUMNS = {
     "theta_E": r"$\theta_\mathrm{E}$ [$''$]",
@@ -37,10 +37,7 @@ def export_table(paths: Results, to: Path, names: Sequence[str] = ()) -> int:
     names: of the lenses, all where there are none. Returns how many there are. Raises InputError for another suffix, an
     unknown lens, and where there is no summary.
     """
-    if not paths.summary.is_file():
-        raise InputError(f"{paths.summary}: no summary of the lenses here; run the stage summary first")
-    lenses = pd.read_csv(paths.summary, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
-    lenses = lenses.fillna({name: "" for name in TEXTS if name in lenses})
+    lenses = read_summary(paths.summary)
     if unknown := sorted(set(names) - set(lenses["name"])):
         raise InputError(f"{', '.join(unknown)}: no such lens in {paths.summary}")
     chosen = lenses[lenses["name"].isin(names)] if names else lenses

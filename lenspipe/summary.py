@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import FOUND, read_catalogue
 from lenspipe.config import Summary
+from lenspipe.errors import InputError
 from lenspipe.posteriors.convergence import convergence_of
 from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests
 from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, interchangeable, parameter_names
-from lenspipe.results import Results
+from lenspipe.results import AS_WRITTEN, Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
 FROM_DRAWS = (
@@ -83,6 +84,14 @@ def write_summary(settings: Summary, paths: Results, workers: int = 1) -> None:
         write_fits(table, fits)
         write_parquet(table, parquet)
         artefact.write_json(provenance, record)
+
+
+def read_summary(path: Path) -> pd.DataFrame:
+    """The rows of `lenses.csv`; empty cells of text are empty strings. Raises InputError where the file is missing."""
+    if not path.is_file():
+        raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
+    return table.fillna(dict.fromkeys(TEXTS, "")).copy()  # in one piece: it has hundreds of columns
 
 
 def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFrame:

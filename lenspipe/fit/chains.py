@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
-from lenspipe.fit.hmc import PLACES, Draws, Run
+from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -106,11 +106,11 @@ def begun(
     if number == 0:
         return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian)
     places = torch.cat([thinned(draws, PLACES).w for draws in before])  # [lens, chain, place, size]
-    curvatures = [chains.hessian(w.flatten(0, 1)).unflatten(0, w.shape[:2]).mean(1) for w in places.unbind(2)]
+    hessians = [mean_over_chains(chains.hessian, w) for w in places.unbind(2)]
     return Run(
         target,
         center,
-        torch.stack(curvatures).mean(0),
+        torch.stack(hessians).mean(0),
         settings,
         generators,
         warmup=settings.warmup // LATER_WARMUP,

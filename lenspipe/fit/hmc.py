@@ -186,7 +186,7 @@ class Run:
             return
         if self.iteration % max(1, last // PLACES) == 0 or self.iteration in refreshed:
             assert self.curvature is not None
-            self.curved += self.curvature(self.w.flatten(0, 1)).unflatten(0, self.u.shape[:2]).mean(1)
+            self.curved += mean_over_chains(self.curvature, self.w)
             self.places += 1
         if self.iteration in refreshed:
             self._refresh()
@@ -227,6 +227,11 @@ class Run:
         names = [name.removeprefix("kept.") for name in state if name.startswith("kept.")]
         number = len(state["kept.w"]) if names else 0
         self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]
+
+
+def mean_over_chains(curvature: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """The mean Hessian [lens, size, size] at places [lens, chain, size]."""
+    return curvature(w.flatten(0, 1)).unflatten(0, w.shape[:2]).mean(1)
 
 
 def leapfrog(

@@ -34,8 +34,8 @@ from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_nam
 from lenspipe.report import figures
 from lenspipe.report.source import source_section
 from lenspipe.report.table import Table
-from lenspipe.results import AS_WRITTEN, Results
-from lenspipe.summary import TEXTS, is_angle, unwrapped
+from lenspipe.results import Results
+from lenspipe.summary import is_angle, read_summary, unwrapped
 
 SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`
 STATES = ("failed", "flagged", "ok")
@@ -109,6 +109,7 @@ FLAGS = {
 def write_report(settings: Report, paths: Results) -> None:
     """Write the page of the run to `paths.report`. Raises InputError where an earlier stage has not run."""
     lenses = read_summary(paths.summary)
+    lenses = lenses.assign(anchor=[f"lens-{row}" for row in range(len(lenses))])  # its place in the page
     page = {
         "title": settings.title,
         "galaxies": galaxies_section(paths),
@@ -134,15 +135,6 @@ def render(page: dict[str, Any], record: dict[str, Any]) -> str:
     text = resources.files("lenspipe.report").joinpath("template.html").read_text(encoding="utf-8")
     embedded = Markup(json.dumps(record).replace("<", "\\u003c"))
     return environment.from_string(text).render(page, record=record, embedded=embedded, flag_meanings=FLAGS, open=OPEN)
-
-
-def read_summary(path: Path) -> pd.DataFrame:
-    """The rows of the stage `summary`, with `anchor`, a lens's place in the page. Raises InputError where missing."""
-    if not path.is_file():
-        raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
-    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
-    table = table.fillna(dict.fromkeys(TEXTS, "")).copy()  # in one piece: it has hundreds of columns
-    return table.assign(anchor=[f"lens-{row}" for row in range(len(table))])
 
 
 # --- galaxies and source prior
