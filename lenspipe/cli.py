@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lenspipe import artefact
-from lenspipe.config import json_schema, load_config
+from lenspipe.config import Config, json_schema, load_config
 from lenspipe.errors import InputError, LenspipeError
 from lenspipe.results import Results
 
@@ -25,6 +25,12 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Settings = Annotated[str, typer.Option("--config", "-c", help="config file, or settings as inline JSON")]
 Folder = Annotated[Path, typer.Option("--results", "-r", help="folder of the results")]
+WhereItRuns = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", envvar="LENSPIPE_CLUSTER", help="where they run, as inline JSON in place of the section `cluster`"
+    ),
+]
 DEFAULT_CONFIG = "config.yaml"
 DEFAULT_RESULTS = Path("results")
 
@@ -37,6 +43,13 @@ def plain_errors() -> Iterator[None]:
     except LenspipeError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(1) from None
+
+
+def with_cluster(settings: Config, cluster: str | None) -> Config:
+    """The settings with another section `cluster`, of inline JSON, where one is given."""
+    if cluster is None:
+        return settings
+    return settings.model_copy(update={"cluster": load_config(f'{{"cluster": {cluster}}}').cluster})
 
 
 @app.command()
@@ -139,21 +152,14 @@ def fit(
         int | None,
         typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
     ] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LENSPIPE_CLUSTER", help="where they run, as inline JSON in place of the section `cluster`"
-        ),
-    ] = None,
+    cluster: WhereItRuns = None,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
     from lenspipe.catalogue.tables import count_shards
     from lenspipe.fit.stage import fit_shard
 
     with plain_errors():
-        settings = load_config(config)
-        if cluster is not None:
-            settings = settings.model_copy(update={"cluster": load_config(f'{{"cluster": {cluster}}}').cluster})
+        settings = with_cluster(load_config(config), cluster)
         shards = range(count_shards(settings)) if shard is None else [shard]
         for number in shards:
             fit_shard(settings, Results(results), number, workers)
@@ -172,12 +178,14 @@ def refit(
         int | None,
         typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
     ] = None,
+    cluster: WhereItRuns = None,
 ) -> None:
     """Fit chosen lenses again, failed ones too, with more draws; then run Snakemake for the summary and the report."""
     from lenspipe.fit.refit import refit_lenses
 
     with plain_errors():
-        chosen = refit_lenses(load_config(config), Results(results), names or [], where, draws_factor, workers)
+        settings = with_cluster(load_config(config), cluster)
+        chosen = refit_lenses(settings, Results(results), names or [], where, draws_factor, workers)
     console.print(f"fitted again: {', '.join(chosen)}")
 
 

@@ -652,7 +652,7 @@ class Fit(Section):
     settling_temperatures: tuple[Annotated[float, Field(ge=1)], ...] = Field(
         (6.0, 3.0, 1.5, 1.0), min_length=1, description="the same for those that survive, with the whole source"
     )
-    steps_per_temperature: Count = Field(8, description="greatest number of Gauss-Newton steps at each temperature")
+    steps_per_temperature: Count = Field(4, description="greatest number of Gauss-Newton steps at each temperature")
     final_steps: Count = Field(60, description="greatest number of Gauss-Newton steps on all pixels")
     adam_steps: Count = Field(10_000, description="steps of Adam, where it is the search; the paper's number")
     adam_learning_rate: Positive = Field(0.02, description="its first learning rate; it falls to zero")

@@ -1,14 +1,16 @@
-"""The memory allocator under PyTorch's tensors on the CPU."""
+"""Memory: the allocator under PyTorch's tensors on the CPU, what is free, and errors that say there is too little."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 
 import psutil
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MOST = 2**31 - 1  # bytes
+TOO_LITTLE = ("can't allocate memory", "cannot allocate memory", "can't start new thread")  # PyTorch, C library, Python
 
 
 def keep_freed_memory() -> None:
@@ -31,3 +33,21 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory was too small, of a GPU or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error).lower() for words in TOO_LITTLE)
+
+
+def give_back_memory() -> None:
+    """Hand all freed memory back, of the GPU and of this process: what `keep_freed_memory` keeps too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # another C library

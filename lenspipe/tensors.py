@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lenspipe.artefact import KEY, written_whole
 from lenspipe.errors import InputError
+from lenspipe.memory import out_of_memory
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def read_tensors(path: Path, what: str, stage: str, build: Callable[[dict[str, T
     """What `build` makes of the tensors and the record in a file of the stage.
 
     `what` is what errors call it, with its article. Raises InputError where the file is missing, is not one of
-    safetensors, or `build` cannot use what is in it.
+    safetensors, or `build` cannot use what is in it; MemoryError where there is no room to read it.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such {what.partition(' ')[2]}; run the stage {stage} first")
@@ -38,4 +39,6 @@ def read_tensors(path: Path, what: str, stage: str, build: Callable[[dict[str, T
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return build(tensors, record)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise MemoryError(f"{path}: {error}") from None
         raise InputError(f"{path}: not {what} ({error}); remove it and run the stage again") from None

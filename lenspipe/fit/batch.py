@@ -23,7 +23,7 @@ from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, referenc
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.parts import write_part
 from lenspipe.lens.coordinates import ellipticity
-from lenspipe.memory import keep_freed_memory
+from lenspipe.memory import give_back_memory, keep_freed_memory, out_of_memory
 from lenspipe.optics import read_optics
 from lenspipe.posteriors.store import interchangeable, parameter_names
 from lenspipe.prior_map import PriorMap
@@ -34,6 +34,7 @@ from lenspipe.source.prior import read_source_prior
 log = logging.getLogger("lenspipe")
 
 PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
+NO_MEMORY = "there was not memory enough for it alone: "  # begins the reason of a lens that another machine may fit
 PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
 
 
@@ -75,18 +76,13 @@ def fit_task(task: Task) -> Result:
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         log.warning("failed: %s", " ".join(task.names), exc_info=True)
         if len(task.names) == 1:
-            return task, [], {task.names[0]: f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return task, [], {task.names[0]: NO_MEMORY + said if out_of_memory(error) else said}
         pieces = halves(task) if out_of_memory(error) else one_by_one(task)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory()
     again = [fit_task(piece) for piece in pieces]
     failures = {name: reason for _, _, failed in again for name, reason in failed.items()}
     return task, [part for _, parts, _ in again for part in parts], failures
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory was too small, of a GPU or of the machine."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def halves(task: Task) -> list[Task]:

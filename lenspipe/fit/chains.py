@@ -1,12 +1,13 @@
 """The posterior of a batch: rounds of chains, more of them only for the lenses that need more; saved on the way.
 
-After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next: with as many draws
-again beside those it has or, where its chains did not agree, in place of them. What a lens keeps is thinned to the same
-number of draws for all, and the gates look at those.
+After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next, with as many draws
+again. They come beside those it has or, where the chains agree better without those, in place of them. What a lens
+keeps is thinned to the same number of draws for all, and the gates look at those.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -69,7 +70,7 @@ def sample(
     kept = unpacked(saved)
     for number in range(int(saved.get("round", torch.tensor(0))), settings.rounds):
         lenses = range(len(generators))
-        rows = [row for row in lenses if row not in kept or not all(gates(kept[row], settings, monitored))]
+        rows = [row for row in lenses if row not in kept or not passes(kept[row], settings, monitored)]
         if not rows:
             break
         before = [kept[row] for row in rows if row in kept]
@@ -120,20 +121,27 @@ def begun(
     )
 
 
-def gates(draws: Draws, settings: Fit, monitored: list[int]) -> tuple[bool, bool]:
-    """Whether the draws of one lens, as they would be stored, pass the gates of R-hat and of the sample size."""
+def gauges(draws: Draws, settings: Fit, monitored: list[int]) -> tuple[float, float]:
+    """Worst R-hat and least effective sample size, bulk or tail, of the draws of one lens as they would be stored."""
     if not monitored:
-        return True, True
+        return 1.0, math.inf
     w = thinned(draws, settings.draws).w
     r_hat, bulk, tail = convergence([w[..., column].numpy() for column in monitored])
-    return bool(r_hat[0] <= settings.r_hat_max), bool(min(bulk[0], tail[0]) >= settings.ess_min)
+    return math.inf if math.isnan(r_hat[0]) else float(r_hat[0]), float(min(bulk[0], tail[0]))
+
+
+def passes(draws: Draws, settings: Fit, monitored: list[int]) -> bool:
+    """Whether the draws of one lens pass the gates of R-hat and of the sample size."""
+    r_hat, ess = gauges(draws, settings, monitored)
+    return r_hat <= settings.r_hat_max and ess >= settings.ess_min
 
 
 def joined(old: Draws | None, new: Draws, settings: Fit, monitored: list[int]) -> Draws:
-    """The new draws of a lens after its old ones or, where there are none or they do not agree, in their place."""
-    if old is None or not gates(old, settings, monitored)[0]:
+    """The new draws of a lens after its old ones or, where there are none or R-hat is less without them, alone."""
+    if old is None:
         return new
-    return replace(new, **{name: torch.cat([getattr(old, name), getattr(new, name)], 2) for name in PER_DRAW})
+    both = replace(new, **{name: torch.cat([getattr(old, name), getattr(new, name)], 2) for name in PER_DRAW})
+    return min(both, new, key=lambda draws: gauges(draws, settings, monitored)[0])
 
 
 def each(draws: Draws, change: Callable[[Tensor], Tensor]) -> Draws:

@@ -320,7 +320,8 @@ def local_cluster(workers: int) -> SpecCluster:
 
 def nannies(devices: Sequence[str], workers: int) -> dict[int, dict[str, Any]]:
     """What SpecCluster makes workers from: one thread each, and its own GPU, seen as the only one, where there are."""
-    options: dict[str, Any] = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR}
+    # workers are silent: an error of the work is raised by `run`, and is in the log of its batch with its traceback
+    options: dict[str, Any] = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     if not devices:
         return {number: {"cls": Nanny, "options": options} for number in range(workers)}
     return {

@@ -231,10 +231,9 @@ class LensModel:
             pyro.sample("image", observed, obs=self.data)
 
 
-def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, Tensor]:
+def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, ...]:
     """Derivatives [lens, n] of the centre of the light of images [lens, m, m] along `d_source` [lens, n, m, m]."""
-
-    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(light_centre, (source,), (direction,))[1]
-
-    return torch.func.vmap(along, in_dims=1, out_dims=1)(d_source)
+    centre, back = torch.func.vjp(light_centre, source)[:2]
+    zero, one = torch.zeros_like(centre[0]), torch.ones_like(centre[0])
+    gradients = [back(of)[0].flatten(1) for of in ((one, zero), (zero, one))]
+    return tuple((d_source.flatten(2) @ gradient[..., None])[..., 0] for gradient in gradients)

@@ -19,7 +19,7 @@ from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import cluster, resume
-from lenspipe.fit.batch import Task, fit_task, halves
+from lenspipe.fit.batch import NO_MEMORY, Task, fit_task, halves
 from lenspipe.fit.progress import progress
 from lenspipe.fit.resume import Place
 from lenspipe.posteriors.writing import write_shard
@@ -58,12 +58,13 @@ def fit_shard(
     workers = cluster.side_by_side(config.cluster, workers) if todo else 1
     tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
     logs = paths.fit_logs / f"shard-{shard:04d}"
-    killed: set[str] = set()
+    machine: set[str] = set()  # lenses whose failure may be the machine's
     with progress(len(todo), kept=len(lenses) - len(todo)) as advance:
         for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
             _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
             parts += made
-            killed |= set() if result else set(task.names)
+            lacking = {name for name, why in failures.items() if why.startswith(NO_MEMORY)}
+            machine |= lacking if result else set(task.names)
             failed = {name: why for name, why in failed.items() if name not in task.names} | failures
             advance(len(task.names), len(failures))
     with artefact.alone(store):
@@ -73,7 +74,7 @@ def fit_shard(
             raise LenspipeError(f"{store}: another job has taken away the results of {', '.join(lost)}; run again")
         buckets = catalogue.set_index("name")["bucket"].to_dict()
         places |= resume.guests(paths, shard, own.values(), hashes.values(), unreadable)
-        standing = {name: [own[name], why] for name, why in reasons.items() if name not in killed}
+        standing = {name: [own[name], why] for name, why in reasons.items() if name not in machine}
         _write_shard(config, paths, shard, places, standing, buckets)
         _write_manifest(paths.manifest(shard), lenses.set_index("name")["reason"].to_dict() | reasons)
         for part in parts:
@@ -129,7 +130,7 @@ def _write_shard(
 ) -> None:
     """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone.
 
-    failed: hash and reason of the lenses that would fail again; not those whose workers died, a machine may cause that.
+    failed: hash and reason of the lenses that would fail again; not those whose workers died or had too little memory.
     """
     store = paths.store(shard)
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}

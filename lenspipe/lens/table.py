@@ -152,26 +152,14 @@ class _Deflection(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        place = _Place(ctx.table, *ctx.saved_tensors[:8])
-        a, b = place.components()
-        (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = _slopes(
-            ctx.table, place.q, place.gamma[:, 0], place.cell, place.t
-        )
-        moved = [
-            torch.zeros_like(v) if t is None else t for v, t in zip(ctx.saved_tensors[:8], tangents[:8], strict=True)
-        ]
-        dx, dy = moved[:2]
-        d_theta, d_gamma, d_q, d_phi, d_cx, d_cy = (t[:, None] for t in moved[2:])
-        du, dv = rotate((dx - d_cx) / place.theta_E, (dy - d_cy) / place.theta_E, place.phi)
-        growth = d_theta / place.theta_E
-        # moving the point: d ln r and d eta; a larger theta_E brings it nearer, a larger phi turns it back
-        stretch = (place.u * du + place.v * dv) / place.radius2 - growth
-        turn = place.sign_u * place.sign_v * ((place.u * dv - place.v * du) / place.radius2 - d_phi)
-        gain = (2 - place.gamma) * stretch + growth - place.log_radius * d_gamma
-        da = a * gain + place.power_u * (m_eta * turn + m_q * d_q + m_gamma * d_gamma)
-        db = b * gain + place.power_v * (n_eta * turn + n_q * d_q + n_gamma * d_gamma)
-        kept = len(ctx.saved_tensors) - 8
-        return *rotate(da - b * d_phi, db + a * d_phi, -place.phi), *[None] * kept
+        # the same for all directions of a vectorised call; of those it takes two fused products a tangent
+        partials = _partial_derivatives(ctx.table, *ctx.saved_tensors[:8])
+        moved = [torch.zeros_like(ctx.saved_tensors[0])] * 2
+        for tangent, along in zip(tangents[:8], partials, strict=True):
+            if tangent is not None:
+                wide = tangent if tangent.dim() == 2 else tangent[:, None]
+                moved = [torch.addcmul(so_far, wide, slope) for so_far, slope in zip(moved, along, strict=True)]
+        return *moved, *[None] * (len(ctx.saved_tensors) - 8)
 
 
 def _chunked(
@@ -193,6 +181,35 @@ def _forward(*inputs: Any, keep: bool) -> tuple[Tensor, ...]:
     a, b = place.components()
     deflection = rotate(a, b, -place.phi)
     return (*deflection, *place.kept(a, b)) if keep else deflection
+
+
+def _partial_derivatives(table: DeflectionTable, *lens: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Derivatives of both components [lens, n] of the deflection with respect to x, y, theta_E ... center_y each."""
+    place = _Place(table, *lens)
+    a, b = place.components()
+    (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = _slopes(table, place.q, place.gamma[:, 0], place.cell, place.t)
+    sign = place.sign_u * place.sign_v
+    a_turned, b_turned = sign * place.power_u * m_eta, sign * place.power_v * n_eta
+    nearness = 1 / (place.radius2 * place.theta_E)
+    a_grown, b_grown = ((2 - place.gamma) * component for component in (a, b))
+
+    def moved(grown: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one component in the frame of the lens, along x and y: the point moves outward and around."""
+        along_u, along_v = grown * place.u - turned * place.v, grown * place.v + turned * place.u
+        return rotate(along_u * nearness, along_v * nearness, -place.phi)
+
+    (a_x, a_y), (b_x, b_y) = moved(a_grown, a_turned), moved(b_grown, b_turned)
+    steepness = (place.gamma - 1) / place.theta_E
+    in_lens_frame = [
+        (a_x, b_x),
+        (a_y, b_y),
+        (a * steepness, b * steepness),
+        (place.power_u * m_gamma - a * place.log_radius, place.power_v * n_gamma - b * place.log_radius),
+        (place.power_u * m_q, place.power_v * n_q),
+        (-a_turned - b, a - b_turned),
+    ]
+    x, y, *others = (rotate(along_a, along_b, -place.phi) for along_a, along_b in in_lens_frame)
+    return x, y, *others, (-x[0], -x[1]), (-y[0], -y[1])
 
 
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:

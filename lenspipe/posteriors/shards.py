@@ -73,9 +73,13 @@ def groups(fit: Path) -> Iterator[Group]:
         yield from groups_of_shard(manifest)
 
 
-def groups_of_shard(manifest: Path) -> Iterator[Group]:
-    """The lenses of a shard that have a posterior, by bucket. Raises InputError where its store lacks one of them."""
-    fitted, store = fitted_lenses(manifest), manifest.with_suffix(".zarr")
+def groups_of_shard(manifest: Path, table: pd.DataFrame | None = None) -> Iterator[Group]:
+    """The lenses of a shard that have a posterior, by bucket; table: its manifest, where that is read already.
+
+    Raises InputError where its store lacks one of them.
+    """
+    fitted = fitted_lenses(read_manifest(manifest) if table is None else table)
+    store = manifest.with_suffix(".zarr")
     missing = set(fitted)
     for path in _group_folders(store) if fitted else []:
         names = read_rows(path, variables=["name"])["name"].values.tolist()
@@ -96,21 +100,21 @@ def find_lens(fit: Path, name: str) -> Group:
     for manifest in manifests(fit):
         if written not in manifest.read_bytes():
             continue
-        rows = read_manifest(manifest).set_index("name")
+        table = read_manifest(manifest)
+        rows = table.set_index("name")
         if name not in rows.index:
             continue
         if rows.loc[name, "status"] != "fitted":
             raise InputError(f"lens {name} has no posterior: it {rows.loc[name, 'status']}: {rows.loc[name, 'reason']}")
-        for group in groups_of_shard(manifest):
+        for group in groups_of_shard(manifest, table):
             if name in group.names:
                 return group.take([group.names.index(name)])
     table = read_manifests(fit)
     raise InputError(f"no lens {name} in {fit}; the first of its {len(table)} lenses is {table['name'].iloc[0]}")
 
 
-def fitted_lenses(manifest: Path) -> set[str]:
-    """Names of the lenses of a shard that have a posterior."""
-    table = read_manifest(manifest)
+def fitted_lenses(table: pd.DataFrame) -> set[str]:
+    """Names of the lenses of a shard's manifest that have a posterior."""
     return set(table.loc[table["status"] == "fitted", "name"])
 
 
@@ -120,7 +124,7 @@ def damaged(store: Path) -> list[str]:
     Lenses whose very names cannot be read are those that the shard's manifest has and the store has not.
     """
     manifest = store.with_suffix(".csv")
-    known = fitted_lenses(manifest) if manifest.is_file() else set()
+    known = fitted_lenses(read_manifest(manifest)) if manifest.is_file() else set()
     sound: set[str] = set()
     unsound: set[str] = set()
     try:

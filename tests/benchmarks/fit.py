@@ -6,20 +6,26 @@ paper's 76 unknowns. `gap` is the log posterior at the MAP above that at the tru
 from the truth ends; `flags` are those that a search can raise by itself. One thread; seconds are of the processor, a
 lens.
 
-Options: `--systems 20`, `--pixels 256`, `--batch 4`, `--noise 0.0333` (may be repeated), `--posterior` (also draws:
-R-hat 1.01 and ESS 400 asked for), `--adam` (the paper's 10^4 steps on the same lenses), `--to FILE` (lines are added
-to this file; lenses that it has are passed over).
+Options: `--first 0`, `--systems 20`, `--pixels 256`, `--batch 4`, `--noise 0.0333` (may be repeated), `--posterior`
+(also draws: R-hat 1.01 and ESS 400 asked for), `--adam` (the paper's 10^4 steps on the same lenses), `--nuts 1500`
+(Pyro's NUTS for so many seconds on the first lens of each batch, as Pyro has it: in the model's own unknowns, begun at
+the MAP; the rate at which it gains effective draws of the lens parameters is that after its warm-up of 60), `--to FILE`
+(lines are added to this file; lenses that it has are passed over).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyro
 import torch
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_value
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.config import Config, Fit, Summary
@@ -38,7 +44,7 @@ from lenspipe.source.prior import read_source_prior
 
 FIELD, PSF_SD = 10.0, 0.05  # ["]
 NOISE = (0.0333, 0.1, 0.333)
-ASKED = Fit(warmup=150, draws=250, r_hat_max=1.01, ess_min=400)
+ASKED = Fit(warmup=150, draws=400, rounds=3, r_hat_max=1.01, ess_min=400)
 
 
 def mocks(
@@ -89,6 +95,36 @@ def doubts(model: LensModel, found: map_search.MapFit) -> list[dict[str, object]
     return rows
 
 
+class CapReached(Exception):
+    """Ends a run of Pyro's from its hook."""
+
+
+def nuts(model: LensModel, w: torch.Tensor, cap: float) -> dict[str, object]:
+    """What Pyro's NUTS makes of one lens in `cap` seconds; w: [1, size] where it begins."""
+    draws, began, ready = [], time.process_time(), float("nan")
+
+    def keep(_: object, samples: dict[str, torch.Tensor], stage: str, __: int) -> None:
+        nonlocal ready
+        if stage == "Sample":
+            draws.append(samples["w"].flatten().clone())
+        else:
+            ready = time.process_time()
+        if time.process_time() - began > cap:
+            raise CapReached
+
+    kernel = NUTS(model.pyro_model, init_strategy=init_to_value(values={"w": w}))
+    pyro.set_rng_seed(1)
+    with contextlib.suppress(CapReached):
+        MCMC(kernel, 1_000_000, 60, hook_fn=keep, disable_progbar=True).run()
+    seconds = time.process_time() - ready
+    facts: dict[str, object] = {"nuts_warmup_s": round(ready - began, 1), "nuts_draws": len(draws)}
+    if len(draws) < 8:
+        return facts
+    kept = torch.stack(draws)[None, None]
+    _, bulk, tail = convergence([kept[..., column].numpy() for column in monitored(model)])
+    return facts | {"nuts_s": round(seconds, 1), "nuts_ess_bulk": float(bulk[0]), "nuts_ess_tail": float(tail[0])}
+
+
 def measure(model: LensModel, truth: torch.Tensor, options: argparse.Namespace) -> list[dict[str, object]]:
     """What is printed of each lens of a batch."""
     number = len(truth)
@@ -106,13 +142,15 @@ def measure(model: LensModel, truth: torch.Tensor, options: argparse.Namespace) 
         adam = reference.adam_search(model, Fit(), generators(number))
         for row, below in zip(rows, found.log_density - adam.log_density, strict=True):
             row |= {"adam_s": round((time.process_time() - began) / number, 1), "adam_below": float(below)}
+    if options.nuts:
+        rows[0] |= nuts(model.take(torch.tensor([0])), found.w[:1], options.nuts)
     if options.posterior:
-        began = time.process_time()
+        began, began_wall = time.process_time(), time.monotonic()
         draws = chains.sample(model, found, ASKED, generators(number), monitored(model))
-        seconds = (time.process_time() - began) / number
+        seconds, wall = (time.process_time() - began) / number, (time.monotonic() - began_wall) / number
         r_hat, bulk, tail = convergence([draws.w[..., column].numpy() for column in monitored(model)])
         for lens, row in enumerate(rows):
-            row |= {"posterior_s": round(seconds, 1), "r_hat": float(r_hat[lens])}
+            row |= {"posterior_s": round(seconds, 1), "posterior_wall_s": round(wall, 1), "r_hat": float(r_hat[lens])}
             row |= {"ess_bulk": float(bulk[lens]), "ess_tail": float(tail[lens])}
     return rows
 
@@ -120,20 +158,23 @@ def measure(model: LensModel, truth: torch.Tensor, options: argparse.Namespace) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--systems", type=int, default=20)
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--noise", type=float, action="append")
     parser.add_argument("--posterior", action="store_true")
     parser.add_argument("--adam", action="store_true")
+    parser.add_argument("--nuts", type=float, metavar="SECONDS")
     parser.add_argument("--to", type=Path, default=Path("/dev/stdout"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     lines = options.to.read_text().splitlines() if options.to.is_file() else []
     done = {(row["system"], row["noise"]) for row in map(json.loads, lines)}
-    for first in range(0, options.systems, options.batch):
-        systems = range(first, min(first + options.batch, options.systems))
+    end = options.first + options.systems
+    for first in range(options.first, end, options.batch):
+        systems = range(first, min(first + options.batch, end))
         for sd in options.noise or NOISE:
             if all((system, sd) in done for system in systems):
                 continue

@@ -175,7 +175,7 @@ def axis_ratio(e1: float, e2: float) -> float:
 def observed(**lens: Any) -> dict[str, Any]:
     """The settings of the preset for observed lenses, but for its tables."""
     settings = yaml.safe_load(PRESET.read_text())
-    parts = {name: settings[name] for name in ("source", "priors")}
+    parts = {name: settings[name] for name in ("source", "priors", "fit")}
     return parts | {"lens": settings["lens"] | lens, "catalogue": {"preparation": {}}}
 
 
@@ -186,6 +186,7 @@ SETS: dict[str, tuple[Any, dict[str, Any]]] = {
             "source": SERSIC,
             "lens": {"light": {"bulge": "sersic"}, "supersampling": 2},
             "priors": WIDE | {"light": BULGE},
+            "fit": {"steps_per_temperature": 8},
         },
     ),
     "tinylens": (tinylens, {"source": SERSIC, "priors": WIDE}),
@@ -260,7 +261,7 @@ def main() -> None:
         read, settings = SETS[name]
         mocks = list(read(data, arguments.systems))
         began = time.perf_counter()
-        rows = fitted(mocks, settings | {"fit": FIT | arguments.fit}, arguments.folder / name)
+        rows = fitted(mocks, settings | {"fit": settings.get("fit", {}) | FIT | arguments.fit}, arguments.folder / name)
         lines = [compared(row, mock.truth) for mock, (_, row) in zip(mocks, rows.iterrows(), strict=True)]
         for line in lines:
             print(json.dumps(line), flush=True)

@@ -32,7 +32,8 @@ PUBLISHED["gamma"] = ("gamma_dinos24", "gamma_shajib21")
 def fitted(folder: Path, fit: dict[str, Any], workers: int) -> pd.DataFrame:
     """The summary of the lenses, by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_load(PRESET.read_text()) | ({"fit": fit} if fit else {})
+    settings = yaml.safe_load(PRESET.read_text())
+    settings["fit"] |= fit
     config, results = folder / "config.yaml", folder / "results"
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
     for stage in (cli.source, cli.deflection_table, cli.catalogue):

@@ -23,6 +23,7 @@ import xarray as xr
 import lenspipe
 from lenspipe.config import Summary
 from lenspipe.posteriors.shards import damaged, find_lens
+from lenspipe.posteriors.store import PARAMETERS, STATISTICS
 from lenspipe.results import Results
 from lenspipe.summary import write_summary
 from tests.posteriors import posteriors, write_catalogue, write_store
@@ -31,6 +32,7 @@ LENSES, PIXELS, SHARD, PART = 10_000, 64, 500, 50
 BUCKET = "image64x64_psf9x9"
 CHAINS, DRAWS, UNKNOWNS = 4, 500, 64
 SAMPLED = 30  # lenses read one by one
+DRAWN = [*PARAMETERS, "latent", *STATISTICS]
 
 
 def name_of(lens: int) -> str:
@@ -82,7 +84,7 @@ def open_all(root: Path, lenses: int, pixels: int) -> dict[str, object]:
 
 
 def read_one(root: Path, lenses: int, pixels: int) -> dict[str, object]:
-    """Means over lenses: all there is of one, where it is found, and its lens parameters alone."""
+    """Means over lenses: all there is of one, where it is found, all its draws, and its lens parameters alone."""
     names = [name_of(i) for i in np.random.default_rng(1).integers(lenses, size=SAMPLED)]
     lenspipe.posterior(root / "fit", names[0])
     clock = Clock()
@@ -94,8 +96,12 @@ def read_one(root: Path, lenses: int, pixels: int) -> dict[str, object]:
     finding = clock.read("find_ms", 1e3 / SAMPLED)
     clock = Clock()
     for group in found:
+        group.read(DRAWN)
+    drawn = clock.read("draws_ms", 1e3 / SAMPLED)
+    clock = Clock()
+    for group in found:
         group.read(["theta_E", "gamma", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2"])
-    return whole | finding | clock.read("lens_parameters_ms", 1e3 / SAMPLED)
+    return whole | finding | drawn | clock.read("lens_parameters_ms", 1e3 / SAMPLED)
 
 
 def summarise(root: Path, lenses: int, pixels: int) -> dict[str, object]:

@@ -5,6 +5,7 @@ Eight mocks of 16x16 pixels with a Sersic source, in batches of two, by two work
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -95,8 +96,11 @@ def until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that fit batches: children of the one that hands them out, but for Python's resource tracker."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if "spawn_main" in " ".join(child.cmdline()) else []
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +209,32 @@ def test_a_truncated_image_among_fifty(ready: Results, undisturbed: xr.Dataset, 
     np.testing.assert_allclose(same["theta_E_map"], undisturbed["theta_E_map"], rtol=1e-3)
     catalogue = pd.read_csv(paths.catalogue.with_name("lenses.csv"))
     assert catalogue["status"].value_counts().to_dict() == {"usable": 49, "failed": 1}
+
+
+def test_a_batch_that_exhausts_the_memory(tmp_path: Path) -> None:
+    """It is killed when it takes 300 MB, as the kernel or SLURM would, until it is halved often enough to fit."""
+    settings = yaml.safe_load(SETTINGS)
+    settings["mocks"] |= {"image_size": 128, "pixel_scale": 0.05, "psf_sd": 0.1}
+    settings["fit"] |= {"batch_size": 8, "scouts": 1, "survivors": 1, "chains": 4, "max_leapfrog_steps": 1}
+    config = load_config(settings | {"cluster": {"retries": 0}})
+    (tmp_path / "results").mkdir()
+    paths = prepared(Results(tmp_path / "results"), config)
+    alone = Results(shutil.copytree(paths.root, tmp_path / "alone"))
+    ended(fitting(alone))
+    process = fitting(paths)
+    until(lambda: list(paths.fit_logs.rglob("*.log")), process)
+    limit = max(worker.memory_info().rss for worker in workers_of(process)) + 300 * 2**20
+    killed = 0
+    while process.poll() is None:
+        for worker in workers_of(process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if worker.memory_info().rss > limit:
+                    worker.kill()
+                    killed += 1
+        time.sleep(0.01)
+    ended(process)
+    assert killed > 0
+    log = (paths.fit_logs / "shard-0000/0000.log").read_text()
+    assert "every worker that fitted it died, 1 in a row; goes on as 0000a and 0000b" in log
+    assert read_manifests(paths.fit)["status"].tolist() == ["fitted"] * 8
+    np.testing.assert_allclose(stored(paths)["theta_E_map"], stored(alone)["theta_E_map"], rtol=1e-3)

@@ -10,6 +10,7 @@ import getpass
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,12 +18,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
+from lenspipe import open_posteriors
 from lenspipe.config import Cluster
 from lenspipe.errors import ClusterError
 from lenspipe.fit import cluster
+from lenspipe.posteriors.shards import read_manifests
+from lenspipe.results import Results
 from tests.conftest import ROOT, TINY, environment
 from tests.fan_out_work import Batch, fitted, halves, slurm_job
 
@@ -163,19 +168,47 @@ def test_a_worker_job_is_cancelled(site: Callable[..., Cluster], tiny_run: Path,
 
 
 @pytest.fixture
-def repaired() -> Iterator[None]:
-    yield
+def unreachable() -> Iterator[Callable[[str], None]]:
+    """Stops a node's daemon, so that SLURM cannot end its jobs any more; at the end all nodes are there again."""
+    pids = []
+
+    def stop(node: str) -> None:
+        pids.append(int((Path(os.environ["SLURM_CONF"]).parents[1] / f"run/slurmd-{node}.pid").read_text()))
+        os.kill(pids[-1], signal.SIGSTOP)
+
+    yield stop
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
     slurm("scontrol", "update", "nodename=node[1-2]", "state=resume")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may set a node down")
-def test_a_node_is_lost(tiny_run: Path, tmp_path: Path, repaired: None) -> None:
-    """SLURM queues the job again, after two minutes; the batches that were done before are not fitted again."""
+@pytest.mark.parametrize("processes", ["ended", "living_on"])
+def test_a_node_is_lost(processes: str, tiny_run: Path, tmp_path: Path, unreachable: Callable[[str], None]) -> None:
+    """SLURM queues the job again, after two minutes; the batches that were done before are not fitted again.
+
+    Where the job's processes live on, frozen until the job has begun again elsewhere, both fit and write the shard.
+    """
     run = before_the_fits(tiny_run, tmp_path / "run")
     process = start(run, *PROFILE, SUMMARY)
     log = run / "results/logs/fit/shard-0000/0000.log"
-    job = until(lambda: log.exists() and re.search(r"SLURM job (\d+)", log.read_text()), 300)
-    node = slurm("squeue", "--noheader", f"--jobs={job[1]}", "--format=%N").strip()  # type: ignore[index]
+    begun = r"begins on \S+, process (\d+), SLURM job (\d+)"
+    found = until(lambda: log.exists() and re.search(begun, log.read_text()), 300)
+    worker, job = (int(number) for number in found.groups())  # type: ignore[attr-defined]
+    node = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+    family = [psutil.Process(worker), *psutil.Process(worker).parents()[:1]]
+    if processes == "living_on":
+        family[0].suspend()
+        unreachable(node)
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    if processes == "living_on":
+        until(lambda: len(re.findall(begun, log.read_text())) == 2, 300)
+        assert all(one.is_running() for one in family)
+        family[0].resume()
     finished(process, run)
+    _, alive = psutil.wait_procs(family, timeout=120)
+    assert not alive
     assert_same_numbers(run, tiny_run)
+    fits = Results(run / "results")
+    assert sorted(open_posteriors(fits.fit)["lens"].values) == sorted(read_manifests(fits.fit)["name"])
+    assert not list(fits.fit.glob("parts/*/*"))

@@ -88,3 +88,20 @@ def test_a_stage_before_its_inputs_names_what_is_missing(stage: str, tmp_path: P
     assert done.exit_code == 1
     assert f"error: {tmp_path}" in done.output
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", [["fit"], ["refit", "a"]], ids=lambda command: command[0])
+def test_where_fits_run_is_an_option(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of the settings' section; a bad one is one message."""
+    asked: list[Config] = []
+    monkeypatch.setattr("lenspipe.fit.stage.fit_shard", lambda settings, *_: asked.append(settings))
+    monkeypatch.setattr("lenspipe.fit.refit.refit_lenses", lambda settings, *_: asked.append(settings) or ["a"])
+    (tmp_path / "config.yaml").write_text("mocks: {systems: 7}\ncluster: {retries: 5}\n")
+    given = [*command, "--config", tmp_path / "config.yaml", "--cluster"]
+    assert lenspipe(*given, '{"kind": "slurm", "jobs_max": 3}').exit_code == 0
+    assert (asked[0].cluster.kind, asked[0].cluster.jobs_max, asked[0].cluster.retries) == ("slurm", 3, 2)
+    assert asked[0].mocks.systems == 7
+    bad = lenspipe(*given, '{"kind": "moon"}')
+    assert bad.exit_code == 1
+    assert "cluster.kind" in bad.output
+    assert len(asked) == 1

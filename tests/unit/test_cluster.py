@@ -114,11 +114,13 @@ def test_an_error_of_the_run_is_no_fault_of_the_lenses(tmp_path: Path) -> None:
     assert "Traceback" in (tmp_path / "logs/0000.log").read_text()
 
 
-def test_an_error_of_the_run_at_a_worker(tmp_path: Path) -> None:
-    """It is not tried again, and ends the run."""
+def test_an_error_of_the_run_at_a_worker(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is not tried again, and ends the run; its traceback is in the log of the batch and nowhere else."""
     with pytest.raises(InputError, match=r"catalogue.zarr: no such file"):
         outcome(batches("ab", "c"), refuses, Cluster(), logs=tmp_path)
     assert all(path.read_text().count("begins") == 1 for path in tmp_path.iterdir())
+    assert any("Traceback" in path.read_text() for path in tmp_path.iterdir())
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_worker_has_one_batch_at_a_time() -> None:

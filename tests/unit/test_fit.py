@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -616,13 +617,13 @@ def test_only_lenses_that_miss_a_gate_go_on(
         rounds.append(list(arguments[4]))  # type: ignore[call-overload]
         return begun(*arguments)  # type: ignore[arg-type]
 
-    def verdict(draws: hmc.Draws, *_: object) -> tuple[bool, bool]:
+    def verdict(draws: hmc.Draws, *_: object) -> tuple[float, float]:
         second = torch.equal(draws.w[0, 0, 0], first.w[1, 0, 0])
-        return True, not second or draws.w.shape[2] > GATED.draws
+        return 1.0, 0.0 if second and draws.w.shape[2] == GATED.draws else math.inf
 
     first = chains.sample(lens_model, found, GATED.model_copy(update={"rounds": 1}), seeded(), [0])
     monkeypatch.setattr(chains, "begun", noted)
-    monkeypatch.setattr(chains, "gates", verdict)
+    monkeypatch.setattr(chains, "gauges", verdict)
     draws = chains.sample(lens_model, found, GATED, seeded(), [0])
     assert rounds == [[0, 1, 2], [1]]
     assert draws.w.shape == first.w.shape
@@ -631,21 +632,41 @@ def test_only_lenses_that_miss_a_gate_go_on(
     assert not torch.equal(draws.w[1], first.w[1])
 
 
+def of_one_lens(w: Tensor) -> hmc.Draws:
+    """Draws [1, chain, draw, size] of which only the unknowns matter."""
+    blank = torch.zeros(w.shape[:3])
+    return hmc.Draws(w, blank, blank, blank, blank, blank[:, 0, 0])
+
+
 def test_gates() -> None:
-    """White chains pass; chains apart fail the first gate; slow ones fail the second."""
+    """White chains pass; chains apart fail the first gate, stuck ones too; slow ones fail the second."""
     generator = torch.Generator().manual_seed(0)
     white = torch.randn(1, 4, 200, 1, generator=generator, dtype=torch.float64)
     apart = white + 3 * torch.arange(4)[:, None, None]
+    stuck = torch.arange(4.0)[None, :, None, None].expand(1, 4, 200, 1)
     slow = white.cumsum(2)[:, :1].expand(-1, 4, -1, -1) + 0.1 * white
     settings = Fit(chains=4, draws=200, r_hat_max=1.05, ess_min=300)
 
-    def passed(w: Tensor) -> tuple[bool, bool]:
-        blank = torch.zeros(w.shape[:3])
-        return chains.gates(hmc.Draws(w, blank, blank, blank, blank, blank[:, 0, 0]), settings, [0])
+    def gauges(w: Tensor) -> tuple[float, float]:
+        assert chains.passes(of_one_lens(w), settings, [0]) == (w is white)
+        return chains.gauges(of_one_lens(w), settings, [0])
 
-    assert passed(white) == (True, True)
-    assert passed(apart)[0] is False
-    assert passed(slow)[1] is False
+    assert gauges(white)[0] < 1.05
+    assert gauges(white)[1] > 300
+    assert gauges(apart)[0] > 1.5
+    assert gauges(stuck)[0] > 1.5
+    assert gauges(slow)[1] < 300
+
+
+def test_earlier_draws_stay_unless_chains_agree_better_without_them() -> None:
+    """Also where R-hat misses its gate by chance alone: then more draws are what it takes."""
+    generator = torch.Generator().manual_seed(0)
+    settings = Fit(chains=4, draws=200, r_hat_max=1.0001)
+    old, new = torch.randn(2, 1, 4, 100, 1, generator=generator, dtype=torch.float64)
+    apart = old + 3 * torch.arange(4)[:, None, None]
+    kept = chains.joined(of_one_lens(old), of_one_lens(new), settings, [0])
+    torch.testing.assert_close(kept.w, torch.cat([old, new], 2))
+    assert chains.joined(of_one_lens(apart), of_one_lens(new), settings, [0]).w is new
 
 
 def starved(task: Task) -> xr.Dataset:

@@ -64,6 +64,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         count.update(task.names)
         if "hopeless" in task.names:
             raise ArithmeticError("no numbers")
+        if "large" in task.names and count["large"] < 2:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         alone = [posteriors([name], seed=seed_for(task.draws_factor, "made up", name) % 2**31) for name in task.names]
         made = xr.concat(alone, "lens")[SOME].assign(hash=("lens", np.array(task.hashes, dtype=object)))
         return made.assign(draws_factor=("lens", [task.draws_factor] * len(task.names)))
@@ -200,6 +204,18 @@ def test_a_lens_that_failed_is_not_tried_again_but_when_told(paths: Results, ask
     assert set(reasons.drop("hopeless")) == {""}
     refit_lenses(config(), paths, ["hopeless"], None, 1)
     assert asked["hopeless"] > before
+
+
+def test_a_lens_too_large_for_the_memory_is_tried_again(paths: Results, asked: Counter[str]) -> None:
+    """By the next run, which may have another machine."""
+    catalogue(paths, (*NAMES[:5], "large"))
+    run(config(), paths, (0, 1))
+    reasons = read_manifests(paths.fit).set_index("name")["reason"]
+    assert reasons["large"].startswith("there was not memory enough for it alone: RuntimeError: [enforce fail]")
+    assert set(reasons.drop("large")) == {""}
+    found = run(config(), paths, (0, 1))
+    assert found["lens"].to_numpy().tolist() == [*NAMES[:5], "large"]
+    assert asked == Counter(NAMES[:5]) + Counter({"large": 2})
 
 
 def test_a_lens_whose_workers_died_is_tried_again(

@@ -47,3 +47,14 @@ def test_bad_files_are_named(read: Callable[[Path], Any], name: str, stage: str,
     for file in ("cut", "other"):
         with pytest.raises(InputError, match=rf"{file}: not {name} \("):
             read(tmp_path / file)
+
+
+def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    """As PyTorch says it where a file cannot be mapped."""
+
+    def build(*_: object) -> None:
+        raise RuntimeError("unable to mmap 51904 bytes from file <t>: Cannot allocate memory (12)")
+
+    write_tensors(tmp_path / "t", {"a": torch.zeros(1)}, {})
+    with pytest.raises(MemoryError, match="unable to mmap"):
+        read_tensors(tmp_path / "t", "a file", "vae", build)
