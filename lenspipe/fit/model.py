@@ -155,9 +155,10 @@ class LensModel:
     def linearise(self, w: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """Residuals [lens, pixel] and their Jacobian [lens, pixel, size], of whole frames or of the windows of a part.
 
-        The chain rule through the source plane: forward mode through the lens for every named parameter, the
-        derivative of the source along each ray, and, the image being linear in the source, one more rendered
-        image for every latent, whose light also moves the source by as much as it moves the centre of its light.
+        The chain rule through the source plane: how each ray moves with every named parameter, by forward mode where it
+        is not written out, the derivative of the source along each ray, and, the image being linear in the source, one
+        more rendered image for every latent, whose light also moves the source by as much as it moves the centre of
+        its light.
         """
         if part is None:
             part = Part(torch.arange(len(w)), self.simulator, self.data, self.weight, torch.zeros(len(w)))
@@ -175,7 +176,18 @@ class LensModel:
 
         u, v, flux = geometry(values)
         rays, along_u, along_v = simulator.brightness_gradient((u, v), source)
-        du, dv, d_flux = pushed_forward(geometry, values)
+        if (known := simulator.source_slopes(self.physical(values), (u, v), centre)) is None:
+            du, dv, d_flux = pushed_forward(geometry, values)
+        else:
+            names, along = known
+
+            def chosen(values: Tensor) -> tuple[Tensor, ...]:
+                p = self.physical(values)
+                return tuple(p[name] for name in (*names, "source_flux"))
+
+            *moved, d_flux = pushed_forward(chosen, values)
+            du, dv = (torch.stack(moved, -1)[:, None] @ along).unflatten(-1, u.shape[1:]).unbind(1)
+            d_flux = d_flux[..., None, None]
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
         of_latents = simulator.rays((u, v), d_source)
         of_latents += along_u[:, None] * d_centre_u[..., None, None] + along_v[:, None] * d_centre_v[..., None, None]

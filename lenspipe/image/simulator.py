@@ -201,6 +201,24 @@ class Simulator:
         shift_v = (centre[1] - p["source_y"] / p["source_size"])[:, None, None]
         return torch.addcmul(shift_u, beta_x, scale), torch.addcmul(shift_v, beta_y, scale)
 
+    def source_slopes(self, p: Parameters, points: Vector, centre: Vector) -> tuple[tuple[str, ...], Tensor] | None:
+        """Names of parameters and the derivatives of `source_points`, u and v, along them: [lens, 2, name, rays].
+
+        points: what `source_points` gives. None where they are not written out: for other deflectors than the
+        elliptical power law of the table and the shear.
+        """
+        table = self.optics.deflection
+        if table is None or self.optics.components or self.optics.line_of_sight:
+            return None
+        x, y = self.x.flatten(1), self.y.flatten(1)
+        of_mass = table.partial_derivatives(x, y, *(p[name] for name in MASS_PROFILES["epl"]))[2:]
+        zero, one = torch.zeros_like(x), torch.ones_like(x)
+        from_centre = [point.flatten(1) - at[:, None] for point, at in zip(points, centre, strict=True)]
+        of_u = [*(along for along, _ in of_mass), x, y, one, zero, from_centre[0]]
+        of_v = [*(along for _, along in of_mass), -y, x, zero, one, from_centre[1]]
+        slopes = torch.stack([torch.stack(of_u, 1), torch.stack(of_v, 1)], 1) / -p["source_size"][:, None, None, None]
+        return (*MASS_PROFILES["epl"], "gamma1", "gamma2", "source_x", "source_y", "source_size"), slopes
+
     def observe(self, rays: Tensor) -> Tensor:
         """Rays [lens, channel, ny s, nx s] gathered into pixels and blurred by the PSF: [lens, channel, ny, nx]."""
         if self.optics.supersampling > 1:

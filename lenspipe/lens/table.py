@@ -77,6 +77,34 @@ class DeflectionTable:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return _Deflection.apply(*tensors, self, keep)[:2]
 
+    def partial_derivatives(self, *lens: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Derivatives of both components [lens, n] with respect to x, y, theta_E ... center_y, as of `deflection`."""
+        place = _Place(self, *lens)
+        a, b = place.components()
+        (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = _slopes(self, place.q, place.gamma[:, 0], place.cell, place.t)
+        sign = place.sign_u * place.sign_v
+        a_turned, b_turned = sign * place.power_u * m_eta, sign * place.power_v * n_eta
+        nearness = 1 / (place.radius2 * place.theta_E)
+        a_grown, b_grown = ((2 - place.gamma) * component for component in (a, b))
+
+        def moved(grown: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+            """Of one component in the frame of the lens, along x and y: the point moves outward and around."""
+            along_u, along_v = grown * place.u - turned * place.v, grown * place.v + turned * place.u
+            return rotate(along_u * nearness, along_v * nearness, -place.phi)
+
+        (a_x, a_y), (b_x, b_y) = moved(a_grown, a_turned), moved(b_grown, b_turned)
+        steepness = (place.gamma - 1) / place.theta_E
+        in_lens_frame = [
+            (a_x, b_x),
+            (a_y, b_y),
+            (a * steepness, b * steepness),
+            (place.power_u * m_gamma - a * place.log_radius, place.power_v * n_gamma - b * place.log_radius),
+            (place.power_u * m_q, place.power_v * n_q),
+            (-a_turned - b, a - b_turned),
+        ]
+        x, y, *others = (rotate(along_a, along_b, -place.phi) for along_a, along_b in in_lens_frame)
+        return x, y, *others, (-x[0], -x[1]), (-y[0], -y[1])
+
     def contract(self, q: Tensor, gamma: Tensor) -> Tensor:
         """Cubic pieces in eta of each lens [lens, 8, n_eta - 1], four coefficients for either component."""
         return self._pieces(self._basis("q", q)[0], self._basis("gamma", gamma)[0])
@@ -153,7 +181,7 @@ class _Deflection(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         # the same for all directions of a vectorised call; of those it takes two fused products a tangent
-        partials = _partial_derivatives(ctx.table, *ctx.saved_tensors[:8])
+        partials = ctx.table.partial_derivatives(*ctx.saved_tensors[:8])
         moved = [torch.zeros_like(ctx.saved_tensors[0])] * 2
         for tangent, along in zip(tangents[:8], partials, strict=True):
             if tangent is not None:
@@ -181,35 +209,6 @@ def _forward(*inputs: Any, keep: bool) -> tuple[Tensor, ...]:
     a, b = place.components()
     deflection = rotate(a, b, -place.phi)
     return (*deflection, *place.kept(a, b)) if keep else deflection
-
-
-def _partial_derivatives(table: DeflectionTable, *lens: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Derivatives of both components [lens, n] of the deflection with respect to x, y, theta_E ... center_y each."""
-    place = _Place(table, *lens)
-    a, b = place.components()
-    (m_eta, n_eta), (m_q, n_q), (m_gamma, n_gamma) = _slopes(table, place.q, place.gamma[:, 0], place.cell, place.t)
-    sign = place.sign_u * place.sign_v
-    a_turned, b_turned = sign * place.power_u * m_eta, sign * place.power_v * n_eta
-    nearness = 1 / (place.radius2 * place.theta_E)
-    a_grown, b_grown = ((2 - place.gamma) * component for component in (a, b))
-
-    def moved(grown: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one component in the frame of the lens, along x and y: the point moves outward and around."""
-        along_u, along_v = grown * place.u - turned * place.v, grown * place.v + turned * place.u
-        return rotate(along_u * nearness, along_v * nearness, -place.phi)
-
-    (a_x, a_y), (b_x, b_y) = moved(a_grown, a_turned), moved(b_grown, b_turned)
-    steepness = (place.gamma - 1) / place.theta_E
-    in_lens_frame = [
-        (a_x, b_x),
-        (a_y, b_y),
-        (a * steepness, b * steepness),
-        (place.power_u * m_gamma - a * place.log_radius, place.power_v * n_gamma - b * place.log_radius),
-        (place.power_u * m_q, place.power_v * n_q),
-        (-a_turned - b, a - b_turned),
-    ]
-    x, y, *others = (rotate(along_a, along_b, -place.phi) for along_a, along_b in in_lens_frame)
-    return x, y, *others, (-x[0], -x[1]), (-y[0], -y[1])
 
 
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:

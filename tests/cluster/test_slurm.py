@@ -168,23 +168,29 @@ def test_a_worker_job_is_cancelled(site: Callable[..., Cluster], tiny_run: Path,
 
 
 @pytest.fixture
-def unreachable() -> Iterator[Callable[[str], None]]:
-    """Stops a node's daemon, so that SLURM cannot end its jobs any more; at the end all nodes are there again."""
-    pids = []
+def lose() -> Iterator[Callable[[str, bool], None]]:
+    """Sets a node down, with its daemon stopped first where its processes are to live on; at the end all are back."""
+    lost: list[str] = []
+    pids: list[int] = []
 
-    def stop(node: str) -> None:
-        pids.append(int((Path(os.environ["SLURM_CONF"]).parents[1] / f"run/slurmd-{node}.pid").read_text()))
-        os.kill(pids[-1], signal.SIGSTOP)
+    def down(node: str, living_on: bool) -> None:
+        if living_on:  # nothing that SLURM says reaches them
+            pids.append(int((Path(os.environ["SLURM_CONF"]).parents[1] / f"run/slurmd-{node}.pid").read_text()))
+            os.kill(pids[-1], signal.SIGSTOP)
+        lost.append(node)
+        slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
-    yield stop
+    yield down
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    slurm("scontrol", "update", "nodename=node[1-2]", "state=resume")
+    for node in lost:  # refused where the node has come back by itself
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False)
+    until(lambda: "down" not in slurm("sinfo", "--noheader", "--format=%T"), 60)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may set a node down")
 @pytest.mark.parametrize("processes", ["ended", "living_on"])
-def test_a_node_is_lost(processes: str, tiny_run: Path, tmp_path: Path, unreachable: Callable[[str], None]) -> None:
+def test_a_node_is_lost(processes: str, tiny_run: Path, tmp_path: Path, lose: Callable[[str, bool], None]) -> None:
     """SLURM queues the job again, after two minutes; the batches that were done before are not fitted again.
 
     Where the job's processes live on, frozen until the job has begun again elsewhere, both fit and write the shard.
@@ -199,8 +205,7 @@ def test_a_node_is_lost(processes: str, tiny_run: Path, tmp_path: Path, unreacha
     family = [psutil.Process(worker), *psutil.Process(worker).parents()[:1]]
     if processes == "living_on":
         family[0].suspend()
-        unreachable(node)
-    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    lose(node, processes == "living_on")
     if processes == "living_on":
         until(lambda: len(re.findall(begun, log.read_text())) == 2, 300)
         assert all(one.is_running() for one in family)
