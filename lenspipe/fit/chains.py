@@ -1,8 +1,8 @@
 """The posterior of a batch: rounds of chains, more of them only for the lenses that need more; saved on the way.
 
 After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next, with as many draws
-again. They come beside those it has or, where the chains agree better without those, in place of them. What a lens
-keeps is thinned to the same number of draws for all, and the gates look at those.
+again. They come beside those it has or, where R-hat still misses its gate and is less without those, in place of them.
+What a lens keeps is thinned to the same number of draws for all, and the gates look at those.
 """
 
 from __future__ import annotations
@@ -137,11 +137,12 @@ def passes(draws: Draws, settings: Fit, monitored: list[int]) -> bool:
 
 
 def joined(old: Draws | None, new: Draws, settings: Fit, monitored: list[int]) -> Draws:
-    """The new draws of a lens after its old ones or, where there are none or R-hat is less without them, alone."""
+    """The new draws of a lens after its old ones, or alone where R-hat misses its gate and is less without those."""
     if old is None:
         return new
     both = replace(new, **{name: torch.cat([getattr(old, name), getattr(new, name)], 2) for name in PER_DRAW})
-    return min(both, new, key=lambda draws: gauges(draws, settings, monitored)[0])
+    together, apart = (gauges(draws, settings, monitored)[0] for draws in (both, new))
+    return new if together > settings.r_hat_max and apart < together else both
 
 
 def each(draws: Draws, change: Callable[[Tensor], Tensor]) -> Draws:

@@ -247,5 +247,5 @@ def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, ...]:
     """Derivatives [lens, n] of the centre of the light of images [lens, m, m] along `d_source` [lens, n, m, m]."""
     centre, back = torch.func.vjp(light_centre, source)[:2]
     zero, one = torch.zeros_like(centre[0]), torch.ones_like(centre[0])
-    gradients = [back(of)[0].flatten(1) for of in ((one, zero), (zero, one))]
-    return tuple((d_source.flatten(2) @ gradient[..., None])[..., 0] for gradient in gradients)
+    gradients = torch.stack([back(of)[0].flatten(1) for of in ((one, zero), (zero, one))], -1)
+    return (d_source.flatten(2) @ gradients).unbind(-1)

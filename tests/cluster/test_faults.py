@@ -6,6 +6,7 @@ Eight mocks of 16x16 pixels with a Sersic source, in batches of two, by two work
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -41,7 +42,7 @@ mocks:
   {systems: 8, noise_levels: [{name: low, sd: 0.1}], image_size: 16, pixel_scale: 0.3, psf_sd: 0.2, source: prior}
 fit:
   {batch_size: 2, starts: 2, scouts: 2, survivors: 2, scout_pixels: 16, temperatures: [10.0],
-   settling_temperatures: [1.0], steps_per_temperature: 2, final_steps: 4, chains: 2, warmup: 20, draws: 20,
+   settling_temperatures: [1.0], steps_per_temperature: 2, final_steps: 30, chains: 2, warmup: 20, draws: 20,
    rounds: 1, max_leapfrog_steps: 2}
 """
 WALL_TIME = ["seconds", "seconds_map"]
@@ -83,6 +84,15 @@ def ended(process: subprocess.Popen[str]) -> str:
 def stored(paths: Results) -> xr.Dataset:
     """All that the fits have found, but for the time they took."""
     return open_posteriors(paths.fit).sortby("lens").drop_vars(WALL_TIME).load()
+
+
+def assert_same_maxima(found: xr.Dataset, expected: xr.Dataset) -> None:
+    """Of fits in batches of other sizes, which round differently.
+
+    A lens that its data hardly fix moves by 0.3 % in theta_E for 0.06 nat.
+    """
+    np.testing.assert_allclose(found["log_density_map"], expected["log_density_map"], rtol=0, atol=0.2)
+    np.testing.assert_allclose(found["theta_E_map"], expected["theta_E_map"], rtol=1e-2)
 
 
 def until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -206,35 +216,47 @@ def test_a_truncated_image_among_fifty(ready: Results, undisturbed: xr.Dataset, 
     assert str(image) in rows.loc["mock-0030-low", "reason"]
     assert len(rows) == 50
     same = stored(paths).sel(lens=undisturbed["lens"])
-    np.testing.assert_allclose(same["theta_E_map"], undisturbed["theta_E_map"], rtol=1e-3)
+    assert_same_maxima(same, undisturbed)
     catalogue = pd.read_csv(paths.catalogue.with_name("lenses.csv"))
     assert catalogue["status"].value_counts().to_dict() == {"usable": 49, "failed": 1}
 
 
-def test_a_batch_that_exhausts_the_memory(tmp_path: Path) -> None:
-    """It is killed when it takes 300 MB, as the kernel or SLURM would, until it is halved often enough to fit."""
-    settings = yaml.safe_load(SETTINGS)
-    settings["mocks"] |= {"image_size": 128, "pixel_scale": 0.05, "psf_sd": 0.1}
-    settings["fit"] |= {"batch_size": 8, "scouts": 1, "survivors": 1, "chains": 4, "max_leapfrog_steps": 1}
-    config = load_config(settings | {"cluster": {"retries": 0}})
-    (tmp_path / "results").mkdir()
-    paths = prepared(Results(tmp_path / "results"), config)
-    alone = Results(shutil.copytree(paths.root, tmp_path / "alone"))
-    ended(fitting(alone))
-    process = fitting(paths)
-    until(lambda: list(paths.fit_logs.rglob("*.log")), process)
-    limit = max(worker.memory_info().rss for worker in workers_of(process)) + 300 * 2**20
-    killed = 0
+def watched(process: subprocess.Popen[str], limit: float = math.inf) -> tuple[float, float, int]:
+    """Memory of a run's workers when the first batch begins and at most [bytes], and how many took more than the limit.
+
+    Those are killed, as the kernel or SLURM would.
+    """
+    until(lambda: list(Path(process.args[-1]).rglob("logs/fit/*/*.log")), process)  # type: ignore[index]
+    first, most, killed = 0.0, 0.0, 0
     while process.poll() is None:
         for worker in workers_of(process):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if worker.memory_info().rss > limit:
+                taken = worker.memory_info().rss
+                first, most = first or taken, max(most, taken)
+                if taken > limit:
                     worker.kill()
                     killed += 1
         time.sleep(0.01)
     ended(process)
-    assert killed > 0
+    return first, most, killed
+
+
+def test_a_batch_that_exhausts_the_memory(tmp_path: Path) -> None:
+    """It may have four fifths of what it takes: it is halved then, and its halves are fitted."""
+    settings = yaml.safe_load(SETTINGS)
+    settings["mocks"] |= {"image_size": 128, "pixel_scale": 0.05, "psf_sd": 0.1}
+    settings["fit"] |= {"batch_size": 8, "scouts": 1, "survivors": 1, "chains": 4, "max_leapfrog_steps": 1}
+    config = load_config(settings | {"cluster": {"retries": 1}})
+    (tmp_path / "results").mkdir()
+    paths = prepared(Results(tmp_path / "results"), config)
+    whole, halved = (Results(shutil.copytree(paths.root, tmp_path / name)) for name in ("whole", "halved"))
+    first, most, _ = watched(fitting(whole))
+    _, _, killed = watched(fitting(paths), first + 0.8 * (most - first))
+    assert killed > 1
     log = (paths.fit_logs / "shard-0000/0000.log").read_text()
-    assert "every worker that fitted it died, 1 in a row; goes on as 0000a and 0000b" in log
+    assert "every worker that fitted it died, 2 in a row; goes on as 0000a and 0000b" in log
     assert read_manifests(paths.fit)["status"].tolist() == ["fitted"] * 8
-    np.testing.assert_allclose(stored(paths)["theta_E_map"], stored(alone)["theta_E_map"], rtol=1e-3)
+    settings["fit"]["batch_size"] = 4
+    (halved.root / "config.yaml").write_text(yaml.safe_dump(load_config(settings).model_dump(mode="json")))
+    ended(fitting(halved))
+    xr.testing.assert_identical(stored(paths), stored(halved))
