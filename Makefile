@@ -17,10 +17,9 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not statistical and not cluster" --durations 15 \
 	  -n logical --dist loadfile --no-loadscope-reorder tests
 
-# Killed workers and jobs, doubled jobs, a full disk (root), a truncated image, too little memory. FAULT_TESTS chooses, as pytest's -k.
-FAULT_TESTS ?= test
+# Killed workers and jobs, doubled jobs, a full disk (root), a truncated image, too little memory.
 test-faults: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster/test_faults.py -k "$(FAULT_TESTS)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/cluster/test_faults.py
 
 # On a SLURM of this machine, started and stopped for it (root or sudo, Debian or Ubuntu). SLURM_TESTS chooses, as pytest's -k.
 SLURM_TESTS ?= test

@@ -1,6 +1,8 @@
 """Things that go wrong while a shard is fitted: the whole catalogue is done, each lens once, with undisturbed numbers.
 
 Eight mocks of 16x16 pixels with a Sersic source, in batches of two, by two workers; fits are processes of their own.
+There is so little noise, and the searches go on so long, that batches of another size, which round differently, end at
+the same place.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ SETTINGS = """
 source: {kind: sersic}
 deflection_table: {eta_nodes: 33, q_nodes: 8, gamma_nodes: 6}
 mocks:
-  {systems: 8, noise_levels: [{name: low, sd: 0.1}], image_size: 16, pixel_scale: 0.3, psf_sd: 0.2, source: prior}
+  {systems: 8, noise_levels: [{name: low, sd: 0.02}], image_size: 16, pixel_scale: 0.3, psf_sd: 0.2, source: prior}
 fit:
   {batch_size: 2, starts: 2, scouts: 2, survivors: 2, scout_pixels: 16, temperatures: [10.0],
    settling_temperatures: [1.0], steps_per_temperature: 2, final_steps: 30, chains: 2, warmup: 20, draws: 20,
@@ -84,15 +86,6 @@ def ended(process: subprocess.Popen[str]) -> str:
 def stored(paths: Results) -> xr.Dataset:
     """All that the fits have found, but for the time they took."""
     return open_posteriors(paths.fit).sortby("lens").drop_vars(WALL_TIME).load()
-
-
-def assert_same_maxima(found: xr.Dataset, expected: xr.Dataset) -> None:
-    """Of fits in batches of other sizes, which round differently.
-
-    A lens that its data hardly fix moves by 0.3 % in theta_E for 0.06 nat.
-    """
-    np.testing.assert_allclose(found["log_density_map"], expected["log_density_map"], rtol=0, atol=0.2)
-    np.testing.assert_allclose(found["theta_E_map"], expected["theta_E_map"], rtol=1e-2)
 
 
 def until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -216,7 +209,7 @@ def test_a_truncated_image_among_fifty(ready: Results, undisturbed: xr.Dataset, 
     assert str(image) in rows.loc["mock-0030-low", "reason"]
     assert len(rows) == 50
     same = stored(paths).sel(lens=undisturbed["lens"])
-    assert_same_maxima(same, undisturbed)
+    np.testing.assert_allclose(same["theta_E_map"], undisturbed["theta_E_map"], rtol=1e-3)
     catalogue = pd.read_csv(paths.catalogue.with_name("lenses.csv"))
     assert catalogue["status"].value_counts().to_dict() == {"usable": 49, "failed": 1}
 
@@ -259,4 +252,4 @@ def test_a_batch_that_exhausts_the_memory(tmp_path: Path) -> None:
     settings["fit"]["batch_size"] = 4
     (halved.root / "config.yaml").write_text(yaml.safe_dump(load_config(settings).model_dump(mode="json")))
     ended(fitting(halved))
-    assert_same_maxima(stored(paths), stored(halved))
+    np.testing.assert_allclose(stored(paths)["theta_E_map"], stored(halved)["theta_E_map"], rtol=1e-3)
