@@ -508,7 +508,9 @@ def run_section(paths: Results) -> dict[str, Any]:
     places = {
         "survey": paths.survey,
         "galaxies": paths.galaxies,
+        "vae": paths.vae,
         "source": paths.source_prior,
+        "validation": paths.validation,
         "deflection_table": paths.deflection_table,
         "mocks": paths.mocks,
         "catalogue": paths.catalogue,

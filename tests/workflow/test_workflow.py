@@ -21,6 +21,8 @@ from astropy.io import fits
 from astropy.table import Table
 
 from lenspipe import artefact, open_posteriors, posterior
+from lenspipe.report.page import run_section
+from lenspipe.results import Results
 from tests.conftest import ROOT, TINY, environment, snakemake
 
 pytestmark = pytest.mark.workflow
@@ -115,6 +117,9 @@ def test_whole_run(tiny_run: Path) -> None:
     assert "mock-0001-high" in page
     assert len(page) > 200_000
     assert not re.search(r'(?:src|href)="(?!data:|#)', page), "the page needs nothing but itself"
+    of_run = run_section(Results(tiny_run / "results"))
+    for what in ("benchmarks", "records"):
+        assert {row[0] for row in of_run[what].rows} == set(JOBS) - {"report", "all"}
 
 
 def test_posterior_is_an_arviz_object(tiny_run: Path) -> None:
