@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from lenspipe.catalogue.stage import chunks_of
 from lenspipe.posteriors.store import PARAMETERS
 from lenspipe.posteriors.writing import write_shard
 
@@ -107,9 +108,8 @@ def write_catalogue(
                 "name": ("lens", np.array(names, dtype=object)),
             }
         )
-        chunks = {name: {"chunks": (64, *variable.shape[1:])} for name, variable in lenses.items()}
         place = {"store": folder / "catalogue.zarr", "group": bucket, "mode": "a", "zarr_format": 3}
-        lenses.to_zarr(**place, consolidated=False, encoding=chunks)
+        lenses.to_zarr(**place, consolidated=False, encoding=chunks_of(lenses))
         rows += [(name, "usable", "", bucket, 30.0, 1.21) for name in names]
     rows += [(name, "failed", "no PSF", "", np.nan, np.nan) for name in unusable]
     table = pd.DataFrame(rows, columns=["name", "status", "reason", "bucket", "snr", "true_theta_E"])

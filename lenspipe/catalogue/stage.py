@@ -44,6 +44,7 @@ FOUND = (
 )  # of `Prepared`, in the table of lenses
 ARRAYS = {"image": "<f4", "noise": "<f4", "usable": "bool", "psf": "<f4"}  # of a lens, as they are stored
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
+NAMES = 64 * BLOCK  # names in one chunk: whoever looks for one lens reads those of all
 
 
 def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
@@ -131,6 +132,11 @@ def first_look(lens: LensImage) -> tuple[np.ndarray, np.ndarray]:
     return lens.prepared.light.astype("<f4"), lens.prepared.arcs
 
 
+def chunks_of(lenses: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
+    """How the variables of a bucket are cut on disk, as xarray takes it."""
+    return {str(n): {"chunks": (NAMES if n == "name" else BLOCK, *v.shape[1:])} for n, v in lenses.items()}
+
+
 class _Store:
     """Writes lenses to their bucket's group, a block at a time."""
 
@@ -175,7 +181,7 @@ class _Store:
         if bucket in self.written:
             block.to_zarr(self.folder, group=bucket, append_dim="lens", zarr_format=3, consolidated=False)
         else:
-            chunks = {name: {"chunks": (BLOCK, *v.shape[1:])} for name, v in block.items()}
+            chunks = chunks_of(block)
             block.to_zarr(self.folder, group=bucket, mode="a", zarr_format=3, consolidated=False, encoding=chunks)
             self.written.add(bucket)
         self.waiting[bucket].clear()

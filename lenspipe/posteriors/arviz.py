@@ -35,7 +35,8 @@ SOURCE_SIDES = {"source_column": 0, "source_row": 1}  # place of the centre's co
 
 def tree(lens: xr.Dataset, observed: xr.Dataset | None) -> xr.DataTree:
     """The variables of one lens of the store, in ArviZ's groups; observed: the same lens in the catalogue."""
-    parameters = parameter_names(lens)
+    places = _coordinates(lens, observed)
+    parameters, lens = parameter_names(lens), lens.assign_coords(_along(places, lens))
     at_map = {str(name): _map_name(str(name)) for name in lens if str(name).endswith("_map")}
     groups = {
         "posterior": lens[[*parameters, "latent"]],
@@ -44,13 +45,11 @@ def tree(lens: xr.Dataset, observed: xr.Dataset | None) -> xr.DataTree:
         "map": lens[list(at_map)].rename(at_map),
         "basins": lens[list(BASINS)].rename(BASINS).merge(_basin_parameters(lens, parameters)),
     }
-    elsewhere = [*parameters, "latent", *STATISTICS, *PREDICTIVE, *at_map, *BASINS, "basin_parameters", "name"]
-    groups["diagnostics"] = lens.drop_vars(elsewhere)
+    elsewhere = {*parameters, "latent", *STATISTICS, *PREDICTIVE, *at_map, *BASINS, "basin_parameters", "name"}
+    groups["diagnostics"] = lens[[name for name in lens.data_vars if name not in elsewhere]]
     if observed is not None:
-        groups["observed_data"] = observed
-    places = _coordinates(lens, observed)
-    named = {f"/{name}": group.assign_coords(_along(places, group)) for name, group in groups.items()}
-    return xr.DataTree.from_dict(named, name=str(lens["name"].item()))
+        groups["observed_data"] = observed.assign_coords(_along(places, observed))
+    return xr.DataTree.from_dict({f"/{name}": group for name, group in groups.items()}, name=str(lens["name"].item()))
 
 
 def _map_name(name: str) -> str:

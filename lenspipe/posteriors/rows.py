@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.storage import LocalStore, StorePath
 
 from lenspipe.errors import InputError
 from lenspipe.posteriors.writing import BLOCK, VARIABLES
 
 T = TypeVar("T")
+METADATA = "zarr.json"  # of a group and of an array
+KEPT = 4096  # arrays whose metadata are kept: those of some fifty groups
 
 
 def read_rows(group: Path, rows: Sequence[int] | None = None, variables: Iterable[str] | None = None) -> xr.Dataset:
@@ -47,7 +52,7 @@ def read_rows(group: Path, rows: Sequence[int] | None = None, variables: Iterabl
 def variables_of(group: Path) -> list[str]:
     """Names of the variables of the group of a store."""
     try:
-        return list(zarr.open_group(group, mode="r", zarr_format=3, use_consolidated=False).attrs[VARIABLES])  # type: ignore[arg-type]
+        return list(_variables(group, _stamp(group)))
     except Exception as error:
         raise InputError(f"{group}: cannot be read ({cause(error)}); {remedy(group.parent)}") from error
 
@@ -110,25 +115,41 @@ def _readable(group: Path, variable: str, rows: range) -> bool:
 def _read(group: Path, chosen: slice, variables: Iterable[str] | None) -> tuple[list[zarr.AsyncArray], list[Any]]:
     """Arrays of a group and, of each, its values in some rows or the error that came of reading them."""
 
-    async def array_of(opened: zarr.AsyncGroup, variable: str) -> zarr.AsyncArray:
-        found = await opened.getitem(variable)
-        if not isinstance(found, zarr.AsyncArray):
-            raise KeyError(variable)
-        return found
+    arrays = [_array(group / name, _stamp(group / name)) for name in variables or _variables(group, _stamp(group))]
 
     async def values(array: zarr.AsyncArray) -> Any:
         _check_files(group, array, range(array.shape[0])[chosen])
         return await array.getitem(chosen)
 
-    async def all_values() -> tuple[list[zarr.AsyncArray], list[Any]]:
-        opened = await zarr.api.asynchronous.open_group(group, mode="r", zarr_format=3, use_consolidated=False)
-        arrays = await asyncio.gather(*[array_of(opened, name) for name in variables or opened.attrs[VARIABLES]])
-        return arrays, await asyncio.gather(*[values(array) for array in arrays], return_exceptions=True)
+    async def all_values() -> list[Any]:
+        return await asyncio.gather(*[values(array) for array in arrays], return_exceptions=True)
 
-    arrays, found = _apart(all_values())
+    found = _apart(all_values())
     if out_of_memory := [values for values in found if isinstance(values, MemoryError)]:
         raise out_of_memory[0]
     return arrays, found
+
+
+@lru_cache(maxsize=KEPT)
+def _array(folder: Path, stamp: tuple[int, int]) -> zarr.AsyncArray:
+    """The array of a folder. Its metadata are read once as long as they stand: a quarter of what one lens costs."""
+    store = LocalStore(folder.parent, read_only=True)
+    return zarr.AsyncArray.from_dict(StorePath(store, folder.name), _metadata(folder))
+
+
+@lru_cache(maxsize=KEPT)
+def _variables(group: Path, stamp: tuple[int, int]) -> tuple[str, ...]:
+    return tuple(_metadata(group)["attributes"][VARIABLES])
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / METADATA).read_bytes()))
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    """What changes when the metadata of a group or an array are written anew."""
+    found = (folder / METADATA).stat()
+    return found.st_mtime_ns, found.st_ino
 
 
 def _apart(coroutine: Coroutine[Any, Any, T]) -> T:

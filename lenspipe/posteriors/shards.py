@@ -101,11 +101,11 @@ def find_lens(fit: Path, name: str) -> Group:
         if written not in manifest.read_bytes():
             continue
         table = read_manifest(manifest)
-        rows = table.set_index("name")
-        if name not in rows.index:
+        row = table[table["name"] == name].to_dict("records")
+        if not row:
             continue
-        if rows.loc[name, "status"] != "fitted":
-            raise InputError(f"lens {name} has no posterior: it {rows.loc[name, 'status']}: {rows.loc[name, 'reason']}")
+        if row[0]["status"] != "fitted":
+            raise InputError(f"lens {name} has no posterior: it {row[0]['status']}: {row[0]['reason']}")
         for group in groups_of_shard(manifest, table):
             if name in group.names:
                 return group.take([group.names.index(name)])

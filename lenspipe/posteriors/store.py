@@ -48,6 +48,6 @@ def interchangeable(name: str) -> bool:
 
 def parameter_names(group: xr.Dataset) -> list[str]:
     """Names of the parameters in a group or a posterior: those of every lens, then others, such as of components."""
-    chained = {str(name) for name, variable in group.items() if set(variable.dims) <= {"lens", "chain", "draw"}}
-    chained = {name for name in chained if {"chain", "draw"} <= set(group[name].dims)} - set(STATISTICS)
+    along = {str(name): set(group.variables[name].dims) - {"lens"} for name in group.data_vars}
+    chained = {name for name, dims in along.items() if dims == {"chain", "draw"}} - set(STATISTICS)
     return [*(name for name in PARAMETERS if name in chained), *sorted(chained - set(PARAMETERS))]

@@ -205,6 +205,15 @@ def test_a_lost_variable_or_group_is_noticed(shard: Path) -> None:
     assert damaged(shard) == NAMES
 
 
+def test_a_shard_written_anew_is_read_anew(shard: Path) -> None:
+    """Metadata are kept in memory as long as they stand."""
+    assert lenspipe.posterior(shard.parent, NAMES[3])["posterior"]["latent"].shape == (2, 20, 500)
+    shutil.rmtree(shard)
+    write_store(shard, {"small": [posteriors(NAMES[2:7], chains=3, draws=30, latents=4)]})
+    assert lenspipe.posterior(shard.parent, NAMES[3])["posterior"]["latent"].shape == (3, 30, 4)
+    assert read_rows(shard / "small", variables=["name"])["name"].values.tolist() == NAMES[2:7]
+
+
 def test_no_flipped_bit_goes_unnoticed(shard: Path) -> None:
     """Bits anywhere in the files of values: either it is found, or the values are what they were."""
     rng = np.random.default_rng(4)
