@@ -26,11 +26,15 @@ class LinearSource(Source):
 
 @torch.no_grad()
 def principal_source(source: Source, components: int, draws: int = 1000, seed: int = 0) -> LinearSource:
-    """The source whose images have the mean and the leading principal components of draws from `source`."""
+    """The source whose images have the mean and the leading principal components of draws from `source`.
+
+    From the products of the draws with each other: their singular value decomposition takes four times as long.
+    """
     generator, device = torch.Generator().manual_seed(seed), next(source.buffers()).device
     w = torch.randn(draws, source.size, generator=generator).to(device)
     images = torch.cat([source(part) for part in w.split(100)])
     mean = images.mean(0)
-    _, values, modes = torch.linalg.svd((images - mean).flatten(1), full_matrices=False)
-    basis = (values[:components, None] / len(images) ** 0.5 * modes[:components]).unflatten(1, mean.shape)
+    spread = (images - mean).flatten(1).double()
+    modes = torch.linalg.eigh(spread @ spread.T)[1][:, -components:].flip(1)
+    basis = (modes.T @ spread / len(images) ** 0.5).to(mean).unflatten(1, mean.shape)
     return LinearSource(mean, basis)

@@ -21,6 +21,7 @@ from lenspipe.source.base import Source
 from lenspipe.source.prior import blank, read_source_prior, write_source_prior
 from lenspipe.source.reconstruction import misfit, reconstruct
 from lenspipe.source.shapelets import hermite_functions
+from lenspipe.source.sketch import LinearSource, principal_source
 from lenspipe.source.vae import Decoder
 from tests.unit.test_fit import NOISE, lens_batch
 
@@ -94,6 +95,19 @@ def test_a_search_goes_on_from_the_sketch(kind: str) -> None:
         torch.testing.assert_close(source(begun), sketch(w))
     else:
         assert not begun.any()
+
+
+def test_a_sketch_has_the_principal_components() -> None:
+    """Of a linear source with a few modes of known sizes: the largest of them."""
+    modes = torch.linalg.qr(torch.randn(64 * 64, 5, generator=torch.Generator().manual_seed(1)))[0].T
+    sizes = torch.tensor([9.0, 3.0, 1.0, 0.3, 0.1])
+    mean = torch.rand(64, 64, generator=torch.Generator().manual_seed(2))
+    source = LinearSource(mean, (sizes[:, None] * modes).unflatten(1, (64, 64)))
+    sketch = principal_source(source, 3, draws=4000)
+    overlap = sketch.basis.flatten(1) @ modes.T
+    torch.testing.assert_close(overlap.norm(dim=1), sizes[:3], rtol=0.05, atol=0)
+    assert (overlap.diagonal().abs() > 0.99 * overlap.norm(dim=1)).all()
+    torch.testing.assert_close(sketch.mean, mean, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", ANALYTIC)
