@@ -199,13 +199,16 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     lenses = torch.arange(len(value), device=w.device)
     first = value.argmax(1)
 
-    def spread_at(start: Tensor) -> Tensor:
-        return named_sd(settled, settled.hessian(w[lenses, start]))
+    def spread_at(start: Tensor, lens: Tensor) -> Tensor:
+        return named_sd(settled, settled.hessian(w[lens, start[lens]], lens))
 
-    elsewhere = separation(settled, w, w[lenses, first], spread_at(first)) > SAME_BASIN
+    origin_spread = spread_at(first, lenses)[:, None].repeat(1, 2, 1)
+    elsewhere = separation(settled, w, w[lenses, first], origin_spread[:, 0]) > SAME_BASIN
     rival = torch.where(elsewhere, value, -torch.inf)
     second = rival.argmax(1)
     with_rival = rival.amax(1) >= value.amax(1) - settings.rival_gap
+    if with_rival.any():
+        origin_spread[with_rival, 1] = spread_at(second, lenses[with_rival])
     lens = torch.cat([lenses, lenses[with_rival]])
     begun = torch.cat([w[lenses, first], w[lenses, second][with_rival]])
     ended, reached, converged = climb(model, begun, 1.0, settings.final_steps, lens)
@@ -226,7 +229,9 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     spreads = named_sd(model, hessian[place.flatten()]).unflatten(0, place.shape)
     far = torch.stack([separation(model, w, points[:, i], spreads[:, i]) for i in range(2)], -1)
     origin = torch.stack([first, second], 1)  # a maximum on fine pixels may be far from the same one on coarse ones
-    begun_far = torch.stack([separation(settled, w, w[lenses, at], spread_at(at)) for at in origin.unbind(1)], -1)
+    begun_far = torch.stack(
+        [separation(settled, w, w[lenses, origin[:, i]], origin_spread[:, i]) for i in range(2)], -1
+    )
     begun_far = torch.where(swap[:, None, None], begun_far.flip(-1), begun_far)
     begun_far[..., 0] = torch.where((same & with_rival)[:, None], begun_far.amin(-1), begun_far[..., 0])
     far = torch.where(far.isnan(), torch.inf, torch.minimum(far, begun_far))
