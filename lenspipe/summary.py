@@ -33,7 +33,7 @@ FROM_DRAWS = (
     "source_half_light_radius",
     "einstein_radius",
 )
-OF_CATALOGUE = (*FOUND, "north", "parity", "zero_point", "z_lens", "z_source", "notes")  # what it has found of a lens
+OF_CATALOGUE = (*FOUND, "north", "parity", "image_unit", "zero_point", "z_lens", "z_source", "notes")  # what it found
 AS_STORED = (
     "arc_snr",
     "chi2_per_pixel",
@@ -52,7 +52,7 @@ AS_STORED = (
     "prior_depth_of",
     "seconds",
 )
-TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of", "notes")
+TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of", "image_unit", "notes")
 FIRST = ("name", "status", "flags", "reason", "origin", "snr")
 LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
 LEFT |= {"light_map", "critical_curve", "caustic"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from astropy.io import fits
+from astropy.units import Unit, UnitBase, UnrecognizedUnit
 from astropy.wcs import WCS, FITSFixedWarning
 from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import NDArray
@@ -51,8 +52,9 @@ class LensImage:
 
     north: direction of North in the image, counter-clockwise from +x [rad], and parity: +1 where East is a quarter turn
     counter-clockwise from it, as on the sky, -1 where it is clockwise; not numbers where the header has no WCS.
+    image_unit: what the header says the unit of the image is (BUNIT); empty where it does not.
     prepared: what was found when it was made ready, where it was; image, noise and usable are then the cut-out.
-    notes: what was changed on the way.
+    notes: what was changed on the way, or looks wrong.
     """
 
     image: NDArray[np.float64]
@@ -65,6 +67,7 @@ class LensImage:
     signal_to_noise: float
     north: float = np.nan
     parity: float = np.nan
+    image_unit: str = ""
     prepared: Prepared | None = None
     notes: tuple[str, ...] = ()
 
@@ -88,10 +91,10 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None) -> LensI
     A pixel without a finite image or noise must be masked. Raises InputError naming the file, what was found and what
     was expected.
     """
-    image, psf = read_image(files.image), read_image(files.psf)
-    usable = _mask(files, image)
+    (image, header), psf = _first_image(files.image), read_image(files.psf)
+    usable, image_unit = _mask(files, image), _image_unit(header)
     _refuse(files.image, "not a number", ~np.isfinite(image) & usable)
-    noise, origin = _noise(files, np.where(usable, image, 0.0))
+    noise, origin, doubts = _noise(files, np.where(usable, image, 0.0), image_unit)
     _refuse(origin, "not a number", np.isnan(noise) & usable)
     _refuse(origin, "zero or negative noise", (noise <= 0) & usable)
     if not usable.any():
@@ -101,8 +104,8 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None) -> LensI
         raise InputError(f"{origin}: no pixel has a finite noise")
     image, noise = np.where(usable, image, 0.0), np.where(usable, noise, 1.0)
     psf, notes = _kernel(files.psf, psf, image.shape)
-    scale, north, parity = _orientation(files)
-    lens = LensImage(image, noise, usable, psf, scale, 1.0, 1.0, 0.0, north, parity, notes=notes)
+    scale, north, parity = _orientation(files, header)
+    lens = LensImage(image, noise, usable, psf, scale, 1.0, 1.0, 0.0, north, parity, image_unit, notes=notes + doubts)
     if preparation is not None:
         lens = _made_ready(lens, files, preparation)
     _refuse_point_images(files.image, lens)
@@ -136,21 +139,38 @@ def _mask(files: LensFiles, image: NDArray[np.float64]) -> NDArray[np.bool_]:
     return mask == 1
 
 
-def _noise(files: LensFiles, image: NDArray[np.float64]) -> tuple[NDArray[np.float64], Path]:
-    """The noise map [ny, nx] and the file to blame for it."""
+def _noise(
+    files: LensFiles, image: NDArray[np.float64], image_unit: str
+) -> tuple[NDArray[np.float64], Path, tuple[str, ...]]:
+    """The noise map [ny, nx], the file to blame for it and what looks wrong with its unit."""
     if files.noise is not None:
-        noise = read_image(files.noise)
+        noise, header = _first_image(files.noise)
         if noise.shape != image.shape:
             raise InputError(
                 f"{files.noise}: the noise map is {_size(noise)} px, the image {files.image} {_size(image)}"
             )
-        return noise, files.noise
+        unit = _image_unit(header)
+        differ = unit and image_unit and _unit(unit) != _unit(image_unit)
+        return noise, files.noise, (f"noise map in {unit}, image in {image_unit}",) if differ else ()
     if files.background_rms is None or files.exposure_time is None:
         raise InputError(
             f"{files.image}: its noise is not known; give a noise map in the column noise, or background_rms and "
             "exposure_time (and gain, where an image unit is not an electron per second)"
         )
-    return noise_map(image, files.background_rms, files.gain * files.exposure_time), files.image
+    return noise_map(image, files.background_rms, files.gain * files.exposure_time), files.image, ()
+
+
+def _image_unit(header: fits.Header) -> str:
+    return str(header.get("BUNIT", "")).strip()
+
+
+def _unit(text: str) -> UnitBase | str:
+    """A unit however it is written: ELECTRONS/S is electron s-1."""
+    small = text.casefold()
+    for written in (text, small.replace("electrons", "electron").replace("counts", "count")):
+        if not isinstance(found := Unit(written, parse_strict="silent"), UnrecognizedUnit):
+            return found
+    return small
 
 
 def _kernel(
@@ -170,9 +190,8 @@ def _kernel(
     return psf / psf.sum(), notes
 
 
-def _orientation(files: LensFiles) -> tuple[float, float, float]:
+def _orientation(files: LensFiles, header: fits.Header) -> tuple[float, float, float]:
     """Pixel scale ["], from the table or the header; direction of North [rad] and parity, from the header."""
-    header = _header(files.image)
     north = parity = scale = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
@@ -212,10 +231,6 @@ def _refuse_point_images(path: Path, lens: LensImage) -> None:
 def read_image(path: Path) -> NDArray[np.float64]:
     """The first two-dimensional image of a FITS file. Raises InputError where there is none or the file is broken."""
     return _first_image(path)[0]
-
-
-def _header(path: Path) -> fits.Header:
-    return _first_image(path)[1]
 
 
 def _first_image(path: Path) -> tuple[NDArray[np.float64], fits.Header]:

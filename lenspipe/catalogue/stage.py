@@ -43,6 +43,7 @@ FOUND = (
     "chi2_expected",
 )  # of `Prepared`, in the table of lenses
 ARRAYS = {"image": "<f4", "noise": "<f4", "usable": "bool", "psf": "<f4"}  # of a lens, as they are stored
+TEXTS = ("origin", "reason", "bucket", "hash", "image_unit", "notes")  # columns of the table that may be empty
 BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 NAMES = 64 * BLOCK  # names in one chunk: whoever looks for one lens reads those of all
 
@@ -78,7 +79,8 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
 
 def findings(lens: LensImage) -> dict[str, object]:
     """What the table of lenses says of one beside what it needs: columns of `FOUND` and their values."""
-    row: dict[str, object] = {"north": lens.north, "parity": lens.parity, "notes": "; ".join(lens.notes)}
+    row: dict[str, object] = {"north": lens.north, "parity": lens.parity, "image_unit": lens.image_unit}
+    row["notes"] = "; ".join(lens.notes)
     units = {"flux_unit": lens.flux_unit, "light_unit": lens.light_unit}
     return row | units | ({} if lens.prepared is None else {key: getattr(lens.prepared, key) for key in FOUND})
 
@@ -109,10 +111,8 @@ def read_catalogue(out: Path) -> pd.DataFrame:
     path = out.with_name("lenses.csv")
     if not path.is_file():
         raise InputError(f"{path}: no lens catalogue here; run the stage catalogue first")
-    table = pd.read_csv(
-        path, dtype={"name": str, "origin": str, "status": str, "reason": str, "bucket": str, "hash": str}, **AS_WRITTEN
-    )
-    return table.fillna({"origin": "", "reason": "", "bucket": "", "hash": ""})
+    table = pd.read_csv(path, dtype=dict.fromkeys(("name", "status", *TEXTS), str), **AS_WRITTEN)
+    return table.fillna(dict.fromkeys(TEXTS, ""))
 
 
 def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> LensBatch:

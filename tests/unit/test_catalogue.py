@@ -55,6 +55,26 @@ def test_good_lens_is_read_back(folder: Path) -> None:
     assert bool(batch.usable.all())
 
 
+@pytest.mark.parametrize(
+    ("of_image", "of_noise", "note"),
+    [
+        ("ELECTRONS/S", "electron s-1", ""),
+        ("ELECTRONS/S", "ELECTRONS", "noise map in ELECTRONS, image in ELECTRONS/S"),
+        ("MJy/sr", "mJy/sr", "noise map in mJy/sr, image in MJy/sr"),
+        ("nmgy", "NMGY", ""),
+        ("nmgy", "", ""),
+    ],
+)
+def test_units_are_carried_and_compared(folder: Path, of_image: str, of_noise: str, note: str) -> None:
+    for name, unit in (("image", of_image), ("noise", of_noise)):
+        fits.setval(folder / f"{name}.fits", "BUNIT", value=unit)
+    (folder / "lenses.csv").write_text(HEADER + "good,0.05,image.fits,noise.fits,psf.fits,\n")
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    row = read_catalogue(out).iloc[0]
+    assert (row["status"], row["image_unit"], row["notes"]) == ("usable", of_image, note)
+
+
 def test_names_and_paths_are_taken_as_they_are(folder: Path) -> None:
     """A lens named NA, a path with # in it, lines of comment, and an empty cell of an optional column."""
     (folder / "image.fits").rename(folder / "im#1.fits")
