@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from lenspipe.posteriors.store import interchangeable, parameter_names
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
+from lenspipe.source.base import Source
 from lenspipe.source.prior import read_source_prior
 
 log = logging.getLogger("lenspipe")
@@ -101,7 +103,19 @@ def build_model(config: Config, paths: Results, bucket: str, names: list[str]) -
     at = device()
     batch = read_batch(paths.catalogue, bucket, names, PRECISION).to(device=at)
     optics = read_optics(config, paths.deflection_table, PRECISION, at)
-    return LensModel(batch, PriorMap(config.priors.expressions()), read_source_prior(paths.source_prior).to(at), optics)
+    return LensModel(batch, PriorMap(config.priors.expressions()), source_of(paths.source_prior, at), optics)
+
+
+def source_of(path: Path, at: torch.device) -> Source:
+    """The source prior of a run, read once by a process: making its sketch takes as long as searching a small lens."""
+    found = path.stat() if path.is_file() else None
+    source = _source(path, (found.st_mtime_ns, found.st_ino, found.st_size) if found else None)
+    return source.to(at)  # each time: what is done on the processor at the end of a batch takes it there
+
+
+@lru_cache(maxsize=1)
+def _source(path: Path, stamp: tuple[int, int, int] | None) -> Source:
+    return read_source_prior(path)
 
 
 def fit_lenses(task: Task) -> xr.Dataset:

@@ -20,6 +20,7 @@ import contextlib
 import json
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pyro
@@ -39,6 +40,7 @@ from lenspipe.posteriors.convergence import convergence
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
+from lenspipe.source.base import Source
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.prior import read_source_prior
 
@@ -52,8 +54,7 @@ def mocks(
 ) -> tuple[LensModel, torch.Tensor]:
     """Lenses drawn from the model with white noise, and their true unknowns; a system is the same at every noise."""
     number, scale = len(systems), FIELD / pixels
-    source = read_source_prior(paths.source_prior)
-    source = source.without_residual() if isinstance(source, LearnedSource) and not residual else source
+    source = source_of(paths, residual)
     kernel = torch.from_numpy(gaussian_kernel(PSF_SD / scale)).float().expand(number, -1, -1)
     blank = torch.zeros(number, pixels, pixels)
     names = tuple(f"system-{system}" for system in systems)
@@ -70,6 +71,13 @@ def mocks(
     noise = torch.stack([torch.randn(pixels, pixels, generator=generator) for generator in random])
     with torch.no_grad():
         return LensModel(replace(batch, image=model.image(truth) + sd * noise), *parts), truth
+
+
+@lru_cache
+def source_of(paths: Results, residual: bool) -> Source:
+    """Once a process, as in a run: the first search makes its sketch."""
+    source = read_source_prior(paths.source_prior)
+    return source.without_residual() if isinstance(source, LearnedSource) and not residual else source
 
 
 def generators(number: int) -> list[torch.Generator]:

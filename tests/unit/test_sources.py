@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lenspipe.config import Config, LearnedSource, SourceSettings, load_config
 from lenspipe.errors import ConfigError, InputError
+from lenspipe.fit.batch import source_of
 from lenspipe.fit.model import LensModel
 from lenspipe.image.simulator import Optics
 from lenspipe.prior_map import PriorMap
@@ -149,6 +150,19 @@ def test_a_source_is_read_back(kind: str, tmp_path: Path) -> None:
     w = unknowns(source).float()
     assert torch.equal(again(w), source(w))
     assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_process_reads_a_source_once(tmp_path: Path) -> None:
+    """With its sketch; one that is written anew is another."""
+    path, at = tmp_path / "prior.safetensors", torch.device("cpu")
+    write_source_prior(made("gaussian").float(), record("gaussian"), path)
+    first = source_of(path, at)
+    assert source_of(path, at).sketch(2) is first.sketch(2)
+    write_source_prior(made("residual").float(), record("residual"), path)
+    assert source_of(path, at).size == first.size + 3
+    path.unlink()
+    with pytest.raises(InputError, match=r"prior\.safetensors: .*run the stage source first"):
+        source_of(path, at)
 
 
 def test_lenses_are_fitted_with_it(kind: str) -> None:
