@@ -272,7 +272,8 @@ def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
         "rival_basin": row["evidence_lead"] >= settings.evidence_lead_min,
         "prior_edge": row["prior_depth"] <= settings.prior_depth_max,
         "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
-        "no_arcs": row["arc_snr"] >= settings.arc_snr_min,
+        "no_arcs": row["arc_snr"] >= settings.arc_snr_min
+        and not row.get("first_arc_snr", np.nan) < settings.first_arc_snr_min,
         "companion": not row.get("companions", 0) > 0,
         "masked": not row.get("masked", 0) > settings.masked_max,
     }

@@ -99,7 +99,8 @@ FLAGS = {
     "prior_edge": "most draws of a parameter are further out in its prior than summary.prior_depth_max: "
     "the prior may not hold for this lens",
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
-    "no_arcs": "the lensed source has less signal-to-noise than summary.arc_snr_min: there may be no arcs",
+    "no_arcs": "the lensed source has less signal-to-noise than summary.arc_snr_min, or what was seen before the fit "
+    "less than summary.first_arc_snr_min: there may be no arcs",
     "companion": "another object was masked in the disc that is fitted: it may deflect light too",
     "masked": "more of the disc than summary.masked_max is masked",
     "failed": "no posterior; the reason is given",

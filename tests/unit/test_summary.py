@@ -114,6 +114,8 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"images_map": 0, "magnification_median": float("nan")}, ["single_image"]),
         ({"converged": False, "r_hat_max": 3.0}, ["r_hat", "map_not_converged"]),
         ({"arc_snr": 4.0}, ["no_arcs"]),
+        ({"first_arc_snr": 0.0}, ["no_arcs"]),
+        ({"first_arc_snr": 59.0}, []),
         ({"draws_above_map": 5.0}, ["map_not_converged"]),
         ({"draws_above_map": 0.3}, []),
         ({"companions": 1}, ["companion"]),
