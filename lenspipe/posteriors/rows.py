@@ -114,7 +114,6 @@ def _readable(group: Path, variable: str, rows: range) -> bool:
 
 def _read(group: Path, chosen: slice, variables: Iterable[str] | None) -> tuple[list[zarr.AsyncArray], list[Any]]:
     """Arrays of a group and, of each, its values in some rows or the error that came of reading them."""
-
     arrays = [_array(group / name, _stamp(group / name)) for name in variables or _variables(group, _stamp(group))]
 
     async def values(array: zarr.AsyncArray) -> Any:
