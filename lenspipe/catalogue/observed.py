@@ -18,7 +18,7 @@ from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.preparation import Prepared, Wishes, prepare
 from lenspipe.config import Preparation
 from lenspipe.errors import InputError
-from lenspipe.image.noise import noise_map, signal_to_noise
+from lenspipe.image.noise import noise_of_data, signal_to_noise
 
 NOISE_MASKED = 1e6  # a noise this many times its median marks a masked pixel
 SCALE_KEYWORDS = ("PIXSCALE", "PIXSCAL", "SECPIX")  # ["], where the header has no WCS
@@ -94,7 +94,7 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None) -> LensI
     (image, header), psf = _first_image(files.image), read_image(files.psf)
     usable, image_unit = _mask(files, image), _image_unit(header)
     _refuse(files.image, "not a number", ~np.isfinite(image) & usable)
-    noise, origin, doubts = _noise(files, np.where(usable, image, 0.0), image_unit)
+    noise, origin, doubts = _noise(files, np.where(usable, image, 0.0), usable, image_unit)
     _refuse(origin, "not a number", np.isnan(noise) & usable)
     _refuse(origin, "zero or negative noise", (noise <= 0) & usable)
     if not usable.any():
@@ -140,7 +140,7 @@ def _mask(files: LensFiles, image: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _noise(
-    files: LensFiles, image: NDArray[np.float64], image_unit: str
+    files: LensFiles, image: NDArray[np.float64], usable: NDArray[np.bool_], image_unit: str
 ) -> tuple[NDArray[np.float64], Path, tuple[str, ...]]:
     """The noise map [ny, nx], the file to blame for it and what looks wrong with its unit."""
     if files.noise is not None:
@@ -157,7 +157,8 @@ def _noise(
             f"{files.image}: its noise is not known; give a noise map in the column noise, or background_rms and "
             "exposure_time (and gain, where an image unit is not an electron per second)"
         )
-    return noise_map(image, files.background_rms, files.gain * files.exposure_time), files.image, ()
+    noise = noise_of_data(image, usable, files.background_rms, files.gain * files.exposure_time)
+    return noise, files.image, ()
 
 
 def _image_unit(header: fits.Header) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lenspipe.config import Lens
 from lenspipe.image import light
 from lenspipe.image.light import Light
-from lenspipe.image.noise import noise_map, signal_to_noise
+from lenspipe.image.noise import noise_map, noise_of_data, signal_to_noise
 from lenspipe.image.psf import Convolution, gaussian_kernel
 from lenspipe.image.simulator import Optics, Simulator, canonical
 from lenspipe.lens.profiles import Composite
@@ -209,6 +209,28 @@ def test_noise_of_background_and_photons() -> None:
     image = np.array([[0.0, 4.0, -1.0]])
     np.testing.assert_allclose(noise_map(image, 0.3, None), 0.3)
     np.testing.assert_allclose(noise_map(image, 0.3, 100), [[0.3, np.sqrt(0.09 + 0.04), 0.3]])
+
+
+def test_noise_estimated_from_data_does_not_favour_what_is_low_by_chance() -> None:
+    """A faint disc and a star: as from the data alone, every fit of the disc's flux is 3 sigma low."""
+    y, x = np.mgrid[-50:51, -50:51]
+    clean = 2 * np.exp(-np.hypot(x, y) / 30) + 200 * np.exp(-(np.hypot(x - 20.3, y) ** 2) / 2)
+    true = noise_map(clean, 0.2, 100)
+    usable = np.hypot(x + 30, y) > 4  # a hole without data
+    generator = np.random.default_rng(1)
+    image = np.where(usable, clean + true * generator.standard_normal(clean.shape), np.nan)
+
+    def low(noise: np.ndarray) -> float:
+        weight = noise[usable] ** -2
+        return float(((image - clean)[usable] * weight).sum() / np.sqrt(weight.sum()))
+
+    found = noise_of_data(image, usable, 0.2, 100)
+    assert low(noise_map(image, 0.2, 100)) - low(true) < -3
+    assert abs(low(found) - low(true)) < 0.5
+    np.testing.assert_allclose(found[usable], true[usable], rtol=0.15)
+    star = np.hypot(x - 20, y) < 1
+    np.testing.assert_allclose(found[star], true[star], rtol=0.03)
+    assert np.std((found / true)[usable]) < 0.012 < np.std((noise_map(image, 0.2, 100) / true)[usable])
 
 
 @pytest.mark.filterwarnings("ignore:Cosmology is provided")

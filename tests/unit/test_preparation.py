@@ -19,6 +19,7 @@ from lenspipe.catalogue.tables import read_table
 from lenspipe.cli import app
 from lenspipe.config import Preparation
 from lenspipe.errors import InputError
+from lenspipe.image.noise import noise_map, noise_of_data
 from lenspipe.image.psf import gaussian_kernel
 
 SCALE, NOISE = 0.05, 0.01
@@ -230,8 +231,9 @@ def test_noise_from_background_and_exposure(folder: Path) -> None:
         folder / "a/image.fits", folder / "a/psf.fits", background_rms=0.01, exposure_time=500.0, gain=2.0
     )
     lens = read_lens(files)
-    expected = np.sqrt(0.01**2 + np.clip(lens.image, 0, None) / 1000)
+    expected = noise_of_data(lens.image, lens.usable, 0.01, 1000)
     np.testing.assert_allclose(lens.noise, expected, rtol=1e-6)
+    np.testing.assert_allclose(lens.noise, noise_map(lens.image, 0.01, 1000), rtol=0.3)
     with pytest.raises(InputError, match="its noise is not known; give a noise map"):
         read_lens(replace(files, exposure_time=None))
 
