@@ -138,7 +138,8 @@ def catalogue(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESUL
     with plain_errors():
         settings = load_config(config)
         paths = Results(results)
-        write_catalogue(settings.catalogue, paths.mocks if settings.has_mocks else None, paths.catalogue)
+        mocks = paths.mocks if settings.has_mocks else None
+        write_catalogue(settings.catalogue, mocks, paths.catalogue, settings.lens.psf_supersampling)
 
 
 @app.command()
@@ -289,22 +290,22 @@ def check_lenses(
         bool, typer.Option(help="look for deflector and arcs too, as with catalogue.preparation")
     ] = True,
     config: Annotated[
-        Path | None, typer.Option(help="settings whose catalogue.preparation is taken; the usual one if none")
+        Path | None, typer.Option(help="settings: catalogue.preparation and lens.psf_supersampling are taken")
     ] = None,
 ) -> None:
     """Say of every lens of a table whether it can be used, or why not, before anything runs."""
     from lenspipe.catalogue.observed import read_lens
     from lenspipe.catalogue.tables import read_table
-    from lenspipe.config import Preparation
+    from lenspipe.config import Config, Preparation
 
     listing, unusable = Console(highlight=False, soft_wrap=True), 0
     with plain_errors():
         entries = read_table(table)
-        own = load_config(config).catalogue.preparation if config else None
-        preparation = (own or Preparation()) if prepare else None
+        own = load_config(config) if config else Config()
+        preparation = (own.catalogue.preparation or Preparation()) if prepare else None
     for entry in entries:
         try:
-            lens = read_lens(entry.files, preparation)
+            lens = read_lens(entry.files, preparation, own.lens.psf_supersampling)
         except InputError as error:
             unusable += 1
             listing.print(f"{entry.name}: [red]unusable:[/red] {escape(str(error))}")

@@ -265,10 +265,10 @@ class LearnedSource(Section):
 
 
 class SersicSource(Section):
-    """A Sersic profile with a brightness of 1 at its centre; lengths in units of the image's width, source_size."""
+    """A Sersic profile, of brightness 1 at 1/128 from its centre; lengths in widths of its image, source_size."""
 
     kind: Literal["sersic"]
-    pixels: int = Field(64, ge=64, le=512, description="side of its image [px]: a compact source needs more")
+    pixels: int = Field(64, ge=64, le=512, description="side of the pictures of it [px]; rays see the profile itself")
     R_sersic: Prior = prior("LogNormal(0.12, 0.4)", "half-light radius, on the intermediate axis")
     n_sersic: Prior = prior("TruncatedNormal(1.5, 0.8, 0.5, 6)", "Sersic index")
     e1: Prior = prior("TruncatedNormal(0, 0.2, -0.6, 0.6)", "ellipticity component")
@@ -374,6 +374,9 @@ class Lens(Section):
 
     deflection: Literal["table", "series"] = Field("table", description="how the SPLE deflection is computed")
     supersampling: Literal[1, 2, 4] = Field(1, description="rays per pixel side")
+    psf_supersampling: Literal[1, 2, 4] = Field(
+        1, description="values of the PSFs per pixel side: 1, or supersampling, to blur rays instead of pixels"
+    )
     source_interpolation: Literal["bilinear", "bicubic"] = Field(
         "bicubic", description="between the pixels of the decoded source (paper: bilinear)"
     )
@@ -849,6 +852,11 @@ class Config(Section):
                     found.append(f"priors.{kind}.{name} ({priors[name]}) reaches beyond {LARGEST_E}; truncate it")
         if both := sorted(set(mass) & set(light)):
             found.append(f"lens.components and lens.light both have {', '.join(both)}; give one of them another name")
+        if self.lens.psf_supersampling not in (1, self.lens.supersampling):
+            found.append(
+                f"lens.psf_supersampling = {self.lens.psf_supersampling}: give 1 or lens.supersampling, "
+                f"{self.lens.supersampling}"
+            )
         if self.lens.deflection == "table":
             table, gamma = self.deflection_table, self.priors.support("gamma")
             if gamma[0] < table.gamma_min or gamma[1] > table.gamma_max:

@@ -80,6 +80,7 @@ def template(lens: xr.Dataset, seen: xr.Dataset, settings: Mapping[str, Any]) ->
         name: grid(f"{name}.fits", (0, 0), (nx * scale, ny * scale), (nx, ny)) for name in ("image", "noise", "mask")
     }
     ky, kx = seen["psf"].shape
+    psf_scale = scale / settings.get("psf_supersampling", 1)
     return {
         "standard": "COOLEST",
         "mode": "MAP",
@@ -100,7 +101,7 @@ def template(lens: xr.Dataset, seen: xr.Dataset, settings: Mapping[str, Any]) ->
             "psf": {
                 "type": "PixelatedPSF",
                 "description": None,
-                "pixels": grid("psf.fits", (0, 0), (kx * scale, ky * scale), (kx, ky)),
+                "pixels": grid("psf.fits", (0, 0), (kx * psf_scale, ky * psf_scale), (kx, ky)),
             },
         },
         "likelihoods": [{"type": "ImagingDataLikelihood", "mask": image["mask"]}],

@@ -23,13 +23,14 @@ from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.image.noise import noise_map
 from lenspipe.image.psf import gaussian_kernel
-from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
+from lenspipe.image.simulator import Brightness, Optics, Parameters, Simulator, canonical
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.optics import read_optics
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
 from lenspipe.source.prior import read_source_prior
+from lenspipe.source.view import Drawn, Seen, view
 
 LIGHT_SHARE = 0.9  # of a galaxy's flux, inside the circle whose diameter is its extent
 
@@ -39,7 +40,7 @@ def write_mocks(config: Config, paths: Results) -> None:
     settings = config.mocks
     optics = read_optics(config, paths.deflection_table, torch.float64)
     inputs = [paths.galaxies if settings.source == "galaxies" else paths.source_prior]
-    prior = read_source_prior(paths.source_prior) if settings.source == "prior" else None
+    prior = read_source_prior(paths.source_prior).double() if settings.source == "prior" else None
     images, noise_sds, names = _sources(config, paths.galaxies) if prior is None else ([], [], [])
     rows = []
     with artefact.written_whole(paths.mocks) as folder:
@@ -53,13 +54,15 @@ def write_mocks(config: Config, paths: Results) -> None:
                 field = settings.image_size * settings.pixel_scale
                 size = settings.source_extent * field / light_extent(picture)
                 parameters = draw_parameters(priors, generator, {"source_size": size})
+                source: Drawn | Seen = Drawn(torch.from_numpy(picture)[None], optics.interpolation)
                 origin = names[galaxy]
             else:
                 parameters = draw_parameters(priors, generator)
-                latent = torch.randn(1, prior.size, generator=generator)
-                picture = prior(latent)[0].double().numpy()
+                latent = torch.randn(1, prior.size, generator=generator).double()
+                picture, source = prior(latent)[0].numpy(), view(prior, latent, optics.interpolation)
                 origin = "prior"
-            rows += _write_system(settings, system, parameters, picture, origin, optics, generator, folder)
+            seen = source.of(parameters)
+            rows += _write_system(settings, system, parameters, picture, seen, origin, optics, generator, folder)
         pd.DataFrame(rows).to_csv(folder / "lenses.csv", index=False)
         used = {name: getattr(config, name) for name in ("mocks", "lens", "priors")}
         artefact.write_record(folder, artefact.provenance("mocks", used, inputs, config.seed))
@@ -99,16 +102,20 @@ def _write_system(
     system: int,
     parameters: Parameters,
     picture: np.ndarray,
+    seen: torch.Tensor | Brightness,
     origin: str,
     optics: Optics,
     generator: torch.Generator,
     folder: Path,
 ) -> list[dict[str, object]]:
-    """Write one system at every noise level; its rows of the table."""
+    """Write one system at every noise level; its rows of the table.
+
+    picture: image of the source; seen: what of it the simulator takes.
+    """
     n, scale = settings.image_size, settings.pixel_scale
-    kernel = gaussian_kernel(settings.psf_sd / scale)
+    kernel = gaussian_kernel(settings.psf_sd / scale * optics.psf_supersampling)
     simulator = Simulator(optics, torch.from_numpy(kernel)[None], torch.tensor([scale]).double(), (n, n))
-    clean = simulator.image(parameters, torch.from_numpy(picture)[None])[0]
+    clean = simulator.image(parameters, seen)[0]
     truth = {f"true_{name}": float(value) for name, value in _with_ellipticity(parameters).items()}
     source = picture * truth["true_source_flux"]
     rows: list[dict[str, object]] = []

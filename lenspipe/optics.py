@@ -23,6 +23,7 @@ def read_optics(config: Config, path: Path, dtype: torch.dtype, device: torch.de
         read_deflection_table(path).to(dtype=dtype, device=device) if lens.deflection == "table" else None,
         lens.supersampling,
         lens.source_interpolation,
+        lens.psf_supersampling,
         Composite(lens.mass_profiles) if lens.components and not several else None,
         line_of_sight(lens) if several else None,
         Light(lens.light) if lens.light else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lenspipe.catalogue.preparation import Prepared, Wishes, prepare
 from lenspipe.config import Preparation
 from lenspipe.errors import InputError
 from lenspipe.image.noise import noise_of_data, signal_to_noise
+from lenspipe.image.psf import of_pixels
 
 NOISE_MASKED = 1e6  # a noise this many times its median marks a masked pixel
 SCALE_KEYWORDS = ("PIXSCALE", "PIXSCAL", "SECPIX")  # ["], where the header has no WCS
@@ -85,11 +87,11 @@ class LensImage:
         return ", ".join([*words, *self.notes])
 
 
-def read_lens(files: LensFiles, preparation: Preparation | None = None) -> LensImage:
+def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supersampling: int = 1) -> LensImage:
     """Read and check one lens, and make it ready where `preparation` says how.
 
-    A pixel without a finite image or noise must be masked. Raises InputError naming the file, what was found and what
-    was expected.
+    psf_supersampling: values of the PSF per pixel side. A pixel without a finite image or noise must be masked. Raises
+    InputError naming the file, what was found and what was expected.
     """
     (image, header), psf = _first_image(files.image), read_image(files.psf)
     usable, image_unit = _mask(files, image), _image_unit(header)
@@ -103,12 +105,13 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None) -> LensI
     if not usable.any():
         raise InputError(f"{origin}: no pixel has a finite noise")
     image, noise = np.where(usable, image, 0.0), np.where(usable, noise, 1.0)
-    psf, notes = _kernel(files.psf, psf, image.shape)
+    psf, notes = _kernel(files.psf, psf, [psf_supersampling * side for side in image.shape])
+    of_its_pixels = of_pixels(psf, psf_supersampling)
     scale, north, parity = _orientation(files, header)
     lens = LensImage(image, noise, usable, psf, scale, 1.0, 1.0, 0.0, north, parity, image_unit, notes=notes + doubts)
     if preparation is not None:
-        lens = _made_ready(lens, files, preparation)
-    _refuse_point_images(files.image, lens)
+        lens = _made_ready(lens, files, preparation, of_its_pixels)
+    _refuse_point_images(files.image, lens, of_its_pixels)
     unit = files.flux_unit or (lens.prepared.flux_unit if lens.prepared else float(gaussian_filter(image, 1.0).max()))
     if not unit > 0:
         raise InputError(f"{files.image}: no light above zero in the usable pixels")
@@ -117,9 +120,9 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None) -> LensI
     return replace(lens, flux_unit=unit, light_unit=light_unit, signal_to_noise=found)
 
 
-def _made_ready(lens: LensImage, files: LensFiles, preparation: Preparation) -> LensImage:
+def _made_ready(lens: LensImage, files: LensFiles, preparation: Preparation, psf: NDArray[np.float64]) -> LensImage:
     try:
-        found = prepare(lens.image, lens.noise, lens.usable, lens.psf, lens.pixel_scale, preparation, files.wishes)
+        found = prepare(lens.image, lens.noise, lens.usable, psf, lens.pixel_scale, preparation, files.wishes)
     except InputError as error:
         raise InputError(f"{files.image}: {error}") from None
     return replace(lens, image=found.image, noise=found.noise, usable=found.usable, prepared=found)
@@ -174,9 +177,7 @@ def _unit(text: str) -> UnitBase | str:
     return small
 
 
-def _kernel(
-    path: Path, psf: NDArray[np.float64], shape: tuple[int, ...]
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+def _kernel(path: Path, psf: NDArray[np.float64], shape: Sequence[int]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     """The PSF with a sum of 1, no larger than the image, and what was done to it."""
     if not np.isfinite(psf).all() or psf.sum() <= 0:
         raise InputError(f"{path}: the PSF must be finite with a sum above zero, found a sum of {psf.sum():g}")
@@ -217,9 +218,9 @@ def _orientation(files: LensFiles, header: fits.Header) -> tuple[float, float, f
     return scale, north, parity
 
 
-def _refuse_point_images(path: Path, lens: LensImage) -> None:
+def _refuse_point_images(path: Path, lens: LensImage, psf: NDArray[np.float64]) -> None:
     """A galaxy's light may have one sharp peak; several are a lensed quasar, stars or a PSF that is too wide."""
-    points = point_images(lens.image, lens.noise, lens.usable, lens.psf)
+    points = point_images(lens.image, lens.noise, lens.usable, psf)
     if len(points) > 1:
         column, row = lens.prepared.corner if lens.prepared else (0, 0)
         places = ", ".join(f"({column + x}, {row + y})" for x, y in points)

@@ -48,11 +48,11 @@ BLOCK = 64  # lenses in memory at a time, and in one chunk of the catalogue
 NAMES = 64 * BLOCK  # names in one chunk: whoever looks for one lens reads those of all
 
 
-def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
+def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path, psf_supersampling: int = 1) -> None:
     """Write `out` (catalogue.zarr) and `lenses.csv` beside it.
 
-    mocks: folder of the stage `mocks`, where they are taken in. Raises InputError for a broken table; a broken lens
-    is a row with `status` failed.
+    mocks: folder of the stage `mocks`, where they are taken in; psf_supersampling: see `config.Lens`. Raises
+    InputError for a broken table; a broken lens is a row with `status` failed.
     """
     entries = read_entries(settings, mocks)
     rows = []
@@ -61,7 +61,8 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path) -> None:
         for entry in track(entries, description="catalogue"):
             row: dict[str, object] = {"name": entry.name, "origin": entry.origin, "pixel_scale": np.nan}
             try:
-                lens = read_lens(entry.files, None if entry.origin == "mock" else settings.preparation)
+                preparation = None if entry.origin == "mock" else settings.preparation
+                lens = read_lens(entry.files, preparation, psf_supersampling)
             except InputError as error:
                 row |= {"status": "failed", "reason": str(error), "bucket": "", "snr": np.nan, "hash": ""}
             else:

@@ -24,12 +24,15 @@ FAINTEST = 0.1  # magnification of the faintest image that counts: the central o
 def source_fluxes(model: LensModel, w: Tensor) -> tuple[Tensor, Tensor]:
     """Total flux of the source and its flux in the image without PSF, [lens] each, in flux units times pixels.
 
-    w: [lens, size]. Their ratio is the total magnification, of what of the lensed source lies in the image.
+    w: [lens, size]. Of what lies within `source_size`. Their ratio is the total magnification, of what of the lensed
+    source lies in the image.
     """
-    p, source = model.parameters(w), model.source(model.split(w)[1])
-    unlensed = p["source_flux"] * source.sum((-2, -1)) * (p["source_size"] / source.shape[-1]) ** 2
-    rays = model.simulator.source_rays(p, source).sum((-2, -1)) / model.optics.supersampling**2
-    return unlensed / model.batch.pixel_scale**2, rays
+    p, sources = model.parameters(w), model.view(w)
+    u, v = model.simulator.source_points(p, sources.centre)
+    within = (u.abs() < 0.5) & (v.abs() < 0.5)
+    rays = torch.where(within, sources.at(u, v), 0.0).sum((-2, -1)) / model.optics.supersampling**2
+    unlensed = sources.total * (p["source_size"] / model.batch.pixel_scale) ** 2
+    return p["source_flux"] * unlensed, p["source_flux"] * rays
 
 
 @torch.no_grad()
@@ -60,8 +63,7 @@ def geometry(model: LensModel, w: Tensor) -> dict[str, np.ndarray]:
 @torch.no_grad()
 def lensed_signal_to_noise(model: LensModel, w: Tensor) -> np.ndarray:
     """Signal-to-noise [lens] of the lensed source as a whole, as a filter of its own shape would have it."""
-    source = model.source(model.split(w)[1])
-    image = model.simulator.observe(model.simulator.source_rays(model.parameters(w), source)[:, None])[:, 0]
+    image = model.simulator.observe(model.source_rays(w)[:, None])[:, 0]
     return (image * model.weight).double().square().sum((-2, -1)).sqrt().numpy()
 
 

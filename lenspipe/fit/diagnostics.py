@@ -76,8 +76,7 @@ def mean_residual_correlation(model: LensModel, w: Tensor) -> tuple[NDArray, NDA
     """
     found = []
     for at in w.unbind(1):
-        source = model.simulator.source_rays(model.parameters(at), model.source(model.split(at)[1]))
-        bright = model.simulator.observe(source[:, None])[:, 0] * model.weight > 1
+        bright = model.simulator.observe(model.source_rays(at)[:, None])[:, 0] * model.weight > 1
         residuals = model.residuals(at).double()
         found.append(residual_correlation(residuals.numpy(), model.batch.usable.numpy(), bright.numpy()))
     on_arcs, elsewhere, error = np.mean(found, axis=0)

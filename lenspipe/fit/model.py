@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lenspipe.catalogue.batch import LensBatch
 from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
-from lenspipe.image.source_plane import light_centre
 from lenspipe.image.window import extent, windows
 from lenspipe.prior_map import PriorMap
-from lenspipe.source.base import Source, pushed_forward
+from lenspipe.source.base import Source, pixel_axis, pushed_forward
+from lenspipe.source.view import Drawn, Seen, view
 
 CHUNK_ELEMENTS = 8_000_000  # entries of a Jacobian [lens, pixel, unknown] held at once
 
@@ -56,7 +56,7 @@ class LensModel:
         ny, nx = batch.image.shape[-2:]
         self.simulator = Simulator(optics, batch.psf, batch.pixel_scale, (ny, nx), batch.light_unit / batch.flux_unit)
         self.blank = (self.data * self.weight).square().sum((-2, -1), dtype=torch.float64)  # chi^2 without light
-        self.reach = max(batch.psf.shape[-2:]) // 2
+        self.reach = -(-(max(batch.psf.shape[-2:]) // 2) // optics.psf_supersampling)  # of the PSF [px]
         edges = (extent(batch.usable.amax(axis)) for axis in (2, 1))
         self.seen = [(first - self.reach, end + self.reach) for first, end in edges]
 
@@ -92,26 +92,35 @@ class LensModel:
         """The same of the values of the free parameters [lens, free]."""
         return canonical(self.priors.named(values), self.priors.shared)
 
+    def view(self, w: Tensor, derivatives: bool = False) -> Drawn | Seen:
+        """The sources of unknowns w [n, size], as rays see them."""
+        return view(self.source, self.split(w)[1], self.optics.interpolation, derivatives)
+
     def source_frame(self, w: Tensor) -> Tensor:
         """Where the decoded image lies in the source plane: x and y of its centre and its full width ["], [lens, 3]."""
         p = self.parameters(w)
-        u, v = light_centre(self.source(self.split(w)[1]))
+        u, v = self.view(w).centre
         size = p["source_size"]
         return torch.stack([p["source_x"] - size * u, p["source_y"] - size * v, size], -1)
 
     def source_plane(self, w: Tensor, frame: Tensor) -> Tensor:
         """Brightness of the sources, in flux units, on as many pixels over a frame [lens, 3]: [lens, m, m]."""
-        source = self.source(self.split(w)[1])
-        n = source.shape[-1]
-        axis = (torch.arange(n, dtype=w.dtype, device=w.device) - (n - 1) / 2) / n
+        n = self.source.pixels
+        axis = pixel_axis(n).to(w)
         own, frame = self.source_frame(w)[:, :, None], frame[:, :, None]
         u, v = ((frame[:, i] + axis * frame[:, 2] - own[:, i]) / own[:, 2] for i in (0, 1))
         grid = u[:, None, :].expand(-1, n, -1), v[:, :, None].expand(-1, -1, n)
-        return self.parameters(w)["source_flux"][:, None, None] * self.simulator.rays(grid, source[:, None])[:, 0]
+        return self.parameters(w)["source_flux"][:, None, None] * self.view(w).at(*grid)
+
+    def source_rays(self, w: Tensor) -> Tensor:
+        """Brightness of the lensed source along the rays, without PSF, in flux units: [lens, ny s, nx s]."""
+        p = self.parameters(w)
+        return self.simulator.source_rays(p, self.view(w).of(p))
 
     def image(self, w: Tensor) -> Tensor:
         """Predicted images [lens, ny, nx], in flux units."""
-        return self.simulator.image(self.parameters(w), self.source(self.split(w)[1]))
+        p = self.parameters(w)
+        return self.simulator.image(p, self.view(w).of(p))
 
     def residuals(self, w: Tensor) -> Tensor:
         """(prediction - data) / noise: [lens, ny, nx]; zero where masked."""
@@ -122,10 +131,11 @@ class LensModel:
 
         w: [n, size]; temperature: what the noise is multiplied by.
         """
-        source, p = self.source(self.split(w)[1]), self.parameters(w)
+        sources, p = self.view(w), self.parameters(w)
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
-        for part in self.parts(p, source, rows):
-            image = part.simulator.image({name: value[part.places] for name, value in p.items()}, source[part.places])
+        for part in self.parts(p, sources, rows):
+            here = {name: value[part.places] for name, value in p.items()}
+            image = part.simulator.image(here, sources.take(part.places).of(here))
             residuals = (image - part.data) * part.weight
             chi2 = chi2.index_add(0, part.places, part.dark + residuals.double().square().sum((-2, -1)))
         return -0.5 * (chi2 / temperature**2 + w.double().square().sum(-1))
@@ -139,11 +149,11 @@ class LensModel:
         return value.detach(), gradient
 
     @torch.no_grad()
-    def parts(self, p: Parameters, source: Tensor, rows: Tensor | None = None) -> Iterator[Part]:
-        """The images of parameters [n] and sources [n, m, m], of the lenses at `rows` [n], in their windows."""
-        rows = torch.arange(len(source), device=source.device) if rows is None else rows
-        p, source = {name: value.detach() for name, value in p.items()}, source.detach()
-        lit = self.simulator.lit(p, light_centre(source), rows)
+    def parts(self, p: Parameters, sources: Drawn | Seen, rows: Tensor | None = None) -> Iterator[Part]:
+        """The images of parameters [n] and sources [n], of the lenses at `rows` [n], in their windows."""
+        rows = torch.arange(len(sources), device=self.data.device) if rows is None else rows
+        p = {name: value.detach() for name, value in p.items()}
+        lit = self.simulator.lit(p, sources.centre if sources.has_edge else None, rows)
         seen = tuple((low[rows], high[rows]) for low, high in self.seen)
         for places, window in windows(lit, self.simulator.shape, self.reach, seen):
             lenses = rows[places]
@@ -156,26 +166,23 @@ class LensModel:
         """Residuals [lens, pixel] and their Jacobian [lens, pixel, size], of whole frames or of the windows of a part.
 
         The chain rule through the source plane: how each ray moves with every named parameter, by forward mode where it
-        is not written out, the derivative of the source along each ray, and, the image being linear in the source, one
-        more rendered image for every latent, whose light also moves the source by as much as it moves the centre of
-        its light.
+        is not written out, the derivative of the source along each ray, and one more rendered image for every unknown
+        of the source.
         """
         if part is None:
             part = Part(torch.arange(len(w)), self.simulator, self.data, self.weight, torch.zeros(len(w)))
-        named, latent = self.split(w)
+        named, _ = self.split(w)
         values, slopes = self.priors.linearise(named)
 
-        source, d_source = self.source.linearise(latent)
-        centre = light_centre(source)
-        d_centre_u, d_centre_v = moved_centre(source, d_source)
-        simulator = part.simulator
+        sources = self.view(w, derivatives=True)
+        centre, simulator = sources.centre, part.simulator
 
         def geometry(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             p = self.physical(values)
             return *simulator.source_points(p, centre), p["source_flux"][:, None, None]
 
         u, v, flux = geometry(values)
-        rays, along_u, along_v = simulator.brightness_gradient((u, v), source)
+        rays, along_u, along_v = simulator.brightness_gradient((u, v), sources.at)
         if (known := simulator.source_slopes(self.physical(values), (u, v), centre)) is None:
             du, dv, d_flux = pushed_forward(geometry, values)
         else:
@@ -189,8 +196,7 @@ class LensModel:
             du, dv = (torch.stack(moved, -1)[:, None] @ along).unflatten(-1, u.shape[1:]).unbind(1)
             d_flux = d_flux[..., None, None]
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
-        of_latents = simulator.rays((u, v), d_source)
-        of_latents += along_u[:, None] * d_centre_u[..., None, None] + along_v[:, None] * d_centre_v[..., None, None]
+        of_latents = sources.slopes((u, v), (along_u, along_v))
         total = flux * rays
         if self.optics.light is not None:
 
@@ -220,7 +226,7 @@ class LensModel:
         """
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
         gradient, hessian = w.new_zeros(*w.shape, dtype=torch.float64), torch.diag_embed(torch.zeros_like(w).double())
-        for part in self.parts(self.parameters(w), self.source(self.split(w)[1]), rows):
+        for part in self.parts(self.parameters(w), self.view(w), rows):
             per_lens = part.data[0].numel() * self.size
             for piece in part.split(max(1, CHUNK_ELEMENTS // per_lens)):
                 residuals, jacobian = self.linearise(w[piece.places], piece)
@@ -241,11 +247,3 @@ class LensModel:
             noise = torch.where(self.batch.usable, 1 / self.weight, 1.0)
             observed = dist.Normal(self.image(w), noise).mask(self.batch.usable).to_event(2)
             pyro.sample("image", observed, obs=self.data)
-
-
-def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, ...]:
-    """Derivatives [lens, n] of the centre of the light of images [lens, m, m] along `d_source` [lens, n, m, m]."""
-    centre, back = torch.func.vjp(light_centre, source)[:2]
-    zero, one = torch.zeros_like(centre[0]), torch.ones_like(centre[0])
-    gradients = torch.stack([back(of)[0].flatten(1) for of in ((one, zero), (zero, one))], -1)
-    return (d_source.flatten(2) @ gradients).unbind(-1)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.fft
 import torch
+from scipy.ndimage import convolve1d
 from scipy.special import ndtr
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +26,23 @@ def gaussian_kernel(sd: float, radius: int | None = None) -> np.ndarray:
     profile = np.diff(ndtr(edges / sd))
     kernel = np.outer(profile, profile)
     return kernel / kernel.sum()
+
+
+def of_pixels(kernel: np.ndarray, supersampling: int) -> np.ndarray:
+    """The kernel of pixels, of one with `supersampling` (even, or 1) values a pixel side: [ky, kx], both sides odd.
+
+    Its values are the means over pixels about the given one's centre, [ky // 2, kx // 2], times their number.
+    """
+    if supersampling == 1:
+        return kernel
+    share = np.ones(supersampling + 1)
+    share[[0, -1]] = 0.5  # those on an edge are of two pixels
+    for _ in (0, 1):
+        reach = -(-(len(kernel) // 2 + supersampling // 2) // supersampling) * supersampling
+        after = 2 * reach + 1 - len(kernel) - (before := reach - len(kernel) // 2)
+        wide = np.pad(kernel, ((before, after), (0, 0)))
+        kernel = convolve1d(wide, share, axis=0, mode="constant")[::supersampling].T
+    return kernel
 
 
 class Convolution:

@@ -62,13 +62,15 @@ class Optics:
     """What of the forward model does not depend on the lens.
 
     deflection: the table, or none for the exact series; supersampling: rays per pixel side; interpolation: between
-    source pixels; components: deflectors beside the elliptical power law and the shear, on their plane;
-    line_of_sight: instead of those, deflectors on several planes; light: of the lens galaxy.
+    source pixels; psf_supersampling: values of the PSF per pixel side, 1 or as many as there are rays; components:
+    deflectors beside the elliptical power law and the shear, on their plane; line_of_sight: instead of those,
+    deflectors on several planes; light: of the lens galaxy.
     """
 
     deflection: DeflectionTable | None = None
     supersampling: int = 1
     interpolation: str = "bicubic"
+    psf_supersampling: int = 1
     components: Composite | None = None
     line_of_sight: LineOfSight | None = None
     light: Light | None = None
@@ -77,8 +79,8 @@ class Optics:
 class Simulator:
     """The forward model of a batch of images of one shape (ny, nx).
 
-    psf: [lens, ky, kx], sum 1; pixel_scale: [lens] ["]; light_unit: [lens], brightness that an amplitude of 1 of the
-    lens galaxy's light has, 1 where it is none.
+    psf: [lens, ky, kx], sum 1, see `Optics`; pixel_scale: [lens] ["]; light_unit: [lens], brightness that an amplitude
+    of 1 of the lens galaxy's light has, 1 where it is none.
     """
 
     def __init__(
@@ -115,7 +117,8 @@ class Simulator:
 
     def _convolution(self, shape: tuple[int, int]) -> Convolution:
         if shape not in self._convolutions:
-            self._convolutions[shape] = Convolution(self.psf, shape)
+            ny, nx = (side * self.optics.psf_supersampling for side in shape)
+            self._convolutions[shape] = Convolution(self.psf, (ny, nx))
         return self._convolutions[shape]
 
     def within(self, window: Window, rows: Tensor) -> Simulator:
@@ -136,15 +139,15 @@ class Simulator:
         part.x, part.y, part.convolution = self.x[rows], self.y[rows], self.convolution.take(rows)
         return part
 
-    def lit(self, p: Parameters, centre: Vector, rows: Tensor) -> Tensor:
+    def lit(self, p: Parameters, centre: Vector | None, rows: Tensor) -> Tensor:
         """Which blocks of pixels the source may light up in the lenses at `rows` [n]: [n, by, bx]; see `window`.
 
-        centre: of the light of the source images, [n] each. All blocks, where there are other deflectors than the
-        elliptical power law and the shear, or other light than the source's.
+        centre: of the light of the source images, [n] each; none, where the source has no edge. All blocks then, and
+        where there are other deflectors than the elliptical power law and the shear, or other light than the source's.
         """
         x, y = (axis.to(self.psf) for axis in block_middles(self.shape))
         optics = self.optics
-        if optics.components or optics.line_of_sight or optics.light or "background" in p:
+        if centre is None or optics.components or optics.line_of_sight or optics.light or "background" in p:
             return torch.ones(len(rows), *x.shape, dtype=torch.bool, device=self.psf.device)
         scale, size = self.pixel_scale[rows, None], p["source_size"][:, None]
         x, y = scale * x.flatten(), scale * y.flatten()
@@ -220,10 +223,16 @@ class Simulator:
         return (*MASS_PROFILES["epl"], "gamma1", "gamma2", "source_x", "source_y", "source_size"), slopes
 
     def observe(self, rays: Tensor) -> Tensor:
-        """Rays [lens, channel, ny s, nx s] gathered into pixels and blurred by the PSF: [lens, channel, ny, nx]."""
-        if self.optics.supersampling > 1:
-            rays = functional.avg_pool2d(rays, self.optics.supersampling)
-        return self.convolution(rays)
+        """Rays [lens, channel, ny s, nx s] gathered into pixels and blurred by the PSF: [lens, channel, ny, nx].
+
+        Blurred first, where the PSF has a value for each ray.
+        """
+        s = self.optics.supersampling
+        if s == 1:
+            return self.convolution(rays)
+        if self.optics.psf_supersampling == s:
+            return functional.avg_pool2d(self.convolution(rays), s)
+        return self.convolution(functional.avg_pool2d(rays, s))
 
     def rays(self, points: Vector, source: Tensor) -> Tensor:
         """Source images [lens, channel, n, n] seen at source points: [lens, channel, ny s, nx s]."""
@@ -267,13 +276,13 @@ class Simulator:
         columns = self.light_unit[:, None, None, None] * self.optics.light.columns(self.x, self.y, column)
         return linear_amplitudes(self.observe(columns), data - image, weight)
 
-    def brightness_gradient(self, points: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def brightness_gradient(self, points: Vector, brightness: Brightness) -> tuple[Tensor, Tensor, Tensor]:
         """Rays I(u, v) of one source a lens and their derivatives dI/du and dI/dv: three [lens, ny s, nx s].
 
         Every ray depends on its own point alone, so the gradient of the sum of all rays holds each ray's derivative.
         """
         u, v = (axis.detach().requires_grad_() for axis in points)
         with torch.enable_grad():
-            rays = sample(source[:, None].detach(), u, v, self.optics.interpolation)[:, 0]
+            rays = brightness(u, v)
             du, dv = torch.autograd.grad(rays.sum(), (u, v))
         return rays.detach(), du, dv

@@ -18,6 +18,7 @@ class Source(nn.Module):
     """
 
     size: int  # number of entries of w
+    pixels: int = IMAGE_SIZE  # side m of the images [px]
 
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images, and their derivatives with respect to w [n, size, m, m]; by forward mode."""
@@ -31,6 +32,29 @@ class Source(nn.Module):
     def from_sketch(self, w: Tensor) -> Tensor:
         """Unknowns [..., size] to go on from where a search ended with the sketch at w [..., its size]."""
         return w
+
+
+class FunctionSource(Source):
+    """A source that is known at every point, not on pixels alone, so that rays see it as it is, without an edge.
+
+    The middle of its image is its centre.
+    """
+
+    def brightness(self, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Brightness of w [n, size] at u, v [n, ny, nx], in units of the image's width from its middle."""
+        raise NotImplementedError
+
+    def slopes(self, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Derivatives of that with respect to w: [n, size, ny, nx]; by forward mode."""
+        return pushed_forward(lambda w: (self.brightness(w, u, v),), w)[0]
+
+    def drawn(self, w: Tensor, pixels: int) -> Tensor:
+        """Images on so many pixels a side: [n, pixels, pixels]."""
+        axis = pixel_axis(pixels).to(w).expand(len(w), pixels, -1)
+        return self.brightness(w, axis, axis.transpose(1, 2))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.drawn(w, self.pixels)
 
 
 def pushed_forward(function: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor) -> tuple[Tensor, ...]:

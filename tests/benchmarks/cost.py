@@ -33,13 +33,14 @@ from lenspipe.results import Results
 from lenspipe.source.base import Source
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.sketch import LinearSource
+from lenspipe.source.view import Drawn
 
 NOISE, CHAINS = 0.0333, 4
 CASES = [(pixels, batch) for pixels in (64, 128, 256) for batch in (1, 4, 16)]
 PARTS = {
     "source": [(LearnedSource, "linearise"), (LearnedSource, "forward"), (LinearSource, "forward")],
     "light paths": [(Simulator, "source_points"), (Simulator, "lit")],
-    "source plane": [(Simulator, "rays"), (Simulator, "brightness_gradient")],
+    "source plane": [(Simulator, "rays"), (Simulator, "brightness_gradient"), (Drawn, "slopes")],
     "PSF": [(Convolution, "__call__")],
     "other derivatives and products": [(LensModel, "normal_equations")],
 }

@@ -23,7 +23,7 @@ from lenspipe.config import Lens
 from lenspipe.image import light
 from lenspipe.image.light import Light
 from lenspipe.image.noise import noise_map, noise_of_data, signal_to_noise
-from lenspipe.image.psf import Convolution, gaussian_kernel
+from lenspipe.image.psf import Convolution, gaussian_kernel, of_pixels
 from lenspipe.image.simulator import Optics, Simulator, canonical
 from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import DeflectionTable
@@ -70,6 +70,25 @@ def test_one_kernel_for_all_images_in_the_wider_precision(side: int) -> None:
     torch.testing.assert_close(blurred, each, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("supersampling", [2, 4])
+@pytest.mark.parametrize("side", [7, 12, 25])
+def test_psf_of_pixels_from_a_finer_one(supersampling: int, side: int) -> None:
+    """All its light, and, of light spread along a line, what falls into each pixel, halves on the edges shared."""
+    fine = np.random.default_rng(1).random((side, side + 6))
+    kernel = of_pixels(fine, supersampling)
+    assert kernel.sum() == pytest.approx(fine.sum())
+    offset = np.arange(side + 6) - (side + 6) // 2
+    ny, nx = kernel.shape
+    for pixel in range(nx):
+        distance = np.abs(offset - supersampling * (pixel - nx // 2)) - supersampling / 2
+        share = np.where(distance < 0, 1.0, np.where(distance == 0, 0.5, 0.0))
+        assert kernel[:, pixel].sum() == pytest.approx((fine * share).sum())
+    smooth = of_pixels(gaussian_kernel(1.5 * supersampling), supersampling)
+    np.testing.assert_allclose(smooth, gaussian_kernel(1.5, len(smooth) // 2), rtol=0, atol=0.03 * smooth.max())
+    assert of_pixels(fine, 1) is fine
+    assert ny % 2 == nx % 2 == 1
+
+
 def test_psf_conserves_flux_and_commutes_with_shifts() -> None:
     kernel = torch.from_numpy(gaussian_kernel(1.3))[None]
     assert kernel.sum().item() == pytest.approx(1)
@@ -112,9 +131,12 @@ def real(values: dict[str, float], prefix: str = "") -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}": torch.tensor([value], dtype=torch.float64) for name, value in values.items()}
 
 
-def whole_image(supersampling: int, kernel: np.ndarray, table: DeflectionTable | None = None) -> np.ndarray:
+def whole_image(
+    supersampling: int, kernel: np.ndarray, table: DeflectionTable | None = None, psf_supersampling: int = 1
+) -> np.ndarray:
     """EPL and shear, a Sersic source, a Sersic lens galaxy and a background."""
-    optics = Optics(table, supersampling, light=Light({"bulge": "sersic"}))
+    light_of = Light({"bulge": "sersic"})
+    optics = Optics(table, supersampling, psf_supersampling=psf_supersampling, light=light_of)
     scale = torch.tensor([SCALE], dtype=torch.float64)
     simulator = Simulator(optics, torch.from_numpy(kernel)[None], scale, (PIXELS, PIXELS))
     p = real(MASS | dict(gamma1=0.04, gamma2=-0.02, background=0.3)) | real(BULGE, "bulge_")
@@ -133,25 +155,27 @@ def with_lenstronomys_b(sersic: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.filterwarnings("ignore:`axes` should not be")
-@pytest.mark.parametrize("supersampling", [1, 2])
-def test_whole_image_against_lenstronomy(supersampling: int) -> None:
+@pytest.mark.parametrize(("supersampling", "of_the_psf"), [(1, 1), (2, 1), (2, 2), (4, 4)])
+def test_whole_image_against_lenstronomy(supersampling: int, of_the_psf: int) -> None:
     """Sersic source and lens light, through its own ImageModel: within 1e-4 of the peak."""
-    kernel = gaussian_kernel(1.1, 5)
+    kernel = gaussian_kernel(1.1 * of_the_psf, 5 * of_the_psf)
+    numerics = dict(supersampling_factor=supersampling, supersampling_convolution=of_the_psf > 1)
+    numerics["supersampling_kernel_size"] = None  # all of it finely, not its core alone
     start = -(PIXELS - 1) / 2 * SCALE
     grid = dict(ra_at_xy_0=start, dec_at_xy_0=start, transform_pix2angle=SCALE * np.eye(2))
     reference = ImageModel(
         PixelGrid(PIXELS, PIXELS, **grid),
-        PSF("PIXEL", kernel_point_source=kernel),
+        PSF("PIXEL", kernel_point_source=kernel, point_source_supersampling_factor=of_the_psf),
         LensModel(["EPL", "SHEAR"]),
         LightModel(["SERSIC_ELLIPSE"]),
         LightModel(["SERSIC_ELLIPSE"]),
-        kwargs_numerics=dict(supersampling_factor=supersampling, supersampling_convolution=False),
+        kwargs_numerics=numerics,
     ).image(
         [lenstronomys(MASS), dict(gamma1=0.04, gamma2=-0.02)],
         [with_lenstronomys_b(GALAXY)],
         [with_lenstronomys_b(BULGE)],
     )
-    ours = whole_image(supersampling, kernel) - 0.3
+    ours = whole_image(supersampling, kernel, psf_supersampling=of_the_psf) - 0.3
     reference = reference / SCALE**2  # its amplitudes are per square arcsec
     assert np.abs(ours - reference).max() < 1e-4 * reference.max()
 

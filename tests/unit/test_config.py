@@ -89,6 +89,7 @@ def test_settings_survive_json() -> None:
         ({"deflection_table": {"gamma_min": 2.5, "gamma_max": 2.0}}, "gamma_min .* must be below gamma_max"),
         ({"priors": {"gamma": "Normal(2, 0.5)"}}, r"gamma = Normal\(2, 0.5\) reaches outside \[1, 3\]; truncate it"),
         ({"priors": {"gamma": "Uniform(1.05, 2)"}}, "reaches outside the deflection table"),
+        ({"lens": {"supersampling": 2, "psf_supersampling": 4}}, "psf_supersampling = 4: give 1 or .*supersampling, 2"),
         ({"priors": {"source_size": "Normal(1, 1)"}}, r"source_size = .* reaches outside \[0, inf\]"),
         (
             {"priors": {"q": "Uniform(0.05, 1)", "phi": 0}},

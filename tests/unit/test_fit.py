@@ -152,6 +152,7 @@ WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x
     ("optics", "further"),
     [
         (Optics(TABLE, supersampling=2), {}),
+        (Optics(TABLE, supersampling=2, psf_supersampling=2), {}),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | {"background": "Normal(0, 0.1)"}),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | WITH_THE_MASS | {"gamma2": "Laplace(0, 0.05)"}),
         (
@@ -163,7 +164,7 @@ WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x
             SPHERE,
         ),
     ],
-    ids=["table", "light", "shared", "planes"],
+    ids=["table", "fine psf", "light", "shared", "planes"],
 )
 def test_every_part_of_the_forward_model_has_its_derivatives(
     model: tuple[LensModel, Tensor], optics: Optics, further: dict[str, str]
@@ -219,21 +220,21 @@ def test_masked_pixels_do_not_count(model: tuple[LensModel, Tensor]) -> None:
     torch.testing.assert_close(changed.log_density(truth), lens_model.log_density(truth))
 
 
-def with_round_mask(model: LensModel, share: float, side: int = 64) -> LensModel:
+def with_round_mask(model: LensModel, share: float, side: int = 64, rays: int = 1) -> LensModel:
     """The lenses in a frame twice as wide, the last one with all masked but a disc of `share` of half the side."""
-    batch = model.batch
+    batch, optics = model.batch, Optics(TABLE, rays, psf_supersampling=rays)
     axis = (torch.arange(side) - (side - 1) / 2) / (side / 2)
     usable = torch.ones(len(batch), side, side, dtype=torch.bool)
     usable[-1] = (axis - 0.2).square() + axis[:, None].square() < share**2
     blank = torch.zeros(len(batch), side, side).double()
     scale = 2 * batch.pixel_scale * batch.image.shape[-1] / side
     finer = replace(batch, image=blank, noise=blank + NOISE, usable=usable, pixel_scale=scale)
-    empty = LensModel(finer, model.priors, model.source, Optics(TABLE))
+    empty = LensModel(finer, model.priors, model.source, optics)
     generator = torch.Generator().manual_seed(7)
     w = 0.5 * torch.randn(len(batch), empty.size, generator=generator, dtype=torch.float64)
     image = empty.image(w) + NOISE * torch.randn(blank.shape, generator=generator, dtype=torch.float64)
     image = torch.where(usable, image, 1e3) * batch.flux_unit[:, None, None]
-    return LensModel(replace(finer, image=image), model.priors, model.source, Optics(TABLE))
+    return LensModel(replace(finer, image=image), model.priors, model.source, optics)
 
 
 def on_the_whole_frame(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,18 +247,19 @@ def on_the_whole_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lenspipe.fit.model.windows", whole)
 
 
+@pytest.mark.parametrize("rays", [1, 2])
 def test_pixels_that_are_masked_or_dark_are_left_out(
-    model: tuple[LensModel, Tensor], monkeypatch: pytest.MonkeyPatch
+    model: tuple[LensModel, Tensor], rays: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Density, gradient, Gauss-Newton equations and the maximum are those of the whole frame, to rounding."""
-    masked = with_round_mask(model[0], 0.3)
+    masked = with_round_mask(model[0], 0.3, rays=rays)
     w = 0.4 * torch.randn(3, masked.size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
     def seen() -> list[Tensor]:
         climbed = map_search.climb(masked, w, 3.0, 3)[:2]
         return [masked.log_density(w), *masked.value_and_gradient(w), *masked.normal_equations(w), *climbed]
 
-    parts = list(masked.parts(masked.parameters(w), masked.source(masked.split(w)[1])))
+    parts = list(masked.parts(masked.parameters(w), masked.view(w)))
     sizes = {int(place): part.simulator.shape for part in parts for place in part.places}
     assert max(sizes[2]) <= 0.3 * 64 + 2 * masked.reach + STEP
     assert any(max(sizes[lens]) < 64 for lens in (0, 1))

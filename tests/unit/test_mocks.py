@@ -10,12 +10,16 @@ import pytest
 import torch
 from astropy.io import fits
 
+from lenspipe.catalogue.stage import read_batch, read_catalogue, write_catalogue
 from lenspipe.config import Config, load_config
+from lenspipe.fit.model import LensModel
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.mocks import draw_parameters, light_extent, write_mocks
+from lenspipe.optics import read_optics
 from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
+from lenspipe.source.prior import read_source_prior
 from lenspipe.source.stage import write_source
 
 
@@ -75,6 +79,25 @@ def settings(systems: int, seed: int = 1) -> Config:
             },
         }
     )
+
+
+def test_a_mock_has_the_psf_that_its_rays_are_blurred_by(paths: Results) -> None:
+    """Twice as fine, where there are two rays a pixel side: the catalogue takes it in, and it makes the image."""
+    base = settings(systems=1).model_dump(mode="json")
+    base["lens"] |= {"supersampling": 2, "psf_supersampling": 2}
+    config = load_config(base)
+    write_mocks(config, paths)
+    psf = fits.getdata(paths.mocks / "mock-0000-quiet/psf.fits")
+    assert psf.shape == (17, 17)
+    write_catalogue(config.catalogue, paths.mocks, paths.catalogue, psf_supersampling=2)
+    (bucket,) = read_catalogue(paths.catalogue)["bucket"].unique()
+    assert bucket == "image24x24_psf17x17"
+    batch = read_batch(paths.catalogue, bucket, ["mock-0000-quiet"], torch.float32)
+    source = read_source_prior(paths.source_prior)
+    model = LensModel(batch, PriorMap(config.priors.expressions()), source, read_optics(config, Path(), torch.float32))
+    w = torch.zeros(1, model.size)
+    assert model.image(w).shape == (1, 24, 24)
+    assert model.reach == 4
 
 
 def test_what_shares_the_size_of_the_source_shares_that_of_the_galaxy() -> None:

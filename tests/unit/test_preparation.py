@@ -238,6 +238,21 @@ def test_noise_from_background_and_exposure(folder: Path) -> None:
         read_lens(replace(files, exposure_time=None))
 
 
+def test_a_psf_finer_than_the_pixels(folder: Path) -> None:
+    """Kept as it is for the fit; what looks at pixels sees it as they do."""
+    fine = gaussian_kernel(2 * 1.2, 16)
+    fits.writeto(folder / "fine.fits", fine.astype("float32"))
+    files = LensFiles(folder / "a/image.fits", folder / "fine.fits", folder / "a/noise_map.fits")
+    lens = read_lens(files, Preparation(), psf_supersampling=2)
+    usual = read_lens(replace(files, psf=folder / "a/psf.fits"), Preparation())
+    assert lens.psf.shape == (33, 33) != usual.psf.shape
+    assert lens.prepared is not None
+    assert usual.prepared is not None
+    assert lens.prepared.arc_radius == pytest.approx(usual.prepared.arc_radius, rel=0.05)
+    assert lens.prepared.fit_radius == pytest.approx(usual.prepared.fit_radius, rel=0.05)
+    assert (lens.usable == usual.usable).mean() > 0.98
+
+
 def test_masks_in_either_sense(folder: Path) -> None:
     good = np.ones((161, 161), "float32")
     good[:, :5] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from torch import Tensor
 from lenspipe.config import Config, LearnedSource, SourceSettings, load_config
 from lenspipe.errors import ConfigError, InputError
 from lenspipe.fit.batch import source_of
+from lenspipe.fit.derived import source_fluxes
 from lenspipe.fit.model import LensModel
+from lenspipe.image import light
 from lenspipe.image.simulator import Optics
+from lenspipe.lens.coordinates import axis_ratio
 from lenspipe.prior_map import PriorMap
 from lenspipe.source import learned
 from lenspipe.source.base import Source
 from lenspipe.source.prior import blank, read_source_prior, write_source_prior
 from lenspipe.source.reconstruction import misfit, reconstruct
+from lenspipe.source.sersic import UNIT
 from lenspipe.source.shapelets import hermite_functions
 from lenspipe.source.sketch import LinearSource, principal_source
 from lenspipe.source.vae import Decoder
@@ -246,3 +251,25 @@ def test_without_its_residual_field_a_source_is_its_decoder() -> None:
     torch.testing.assert_close(source(w) - source.decoded(w), field)
     assert isinstance(source.decoder, Decoder)
     assert isinstance(parsed("residual"), LearnedSource)
+
+
+def test_rays_see_a_function_as_it_is() -> None:
+    """A cusp at its centre and wings beyond its image: the model's image is that of the profile itself."""
+    shape = {"n_sersic": "4", "R_sersic": "0.15", "e1": "0.1", "e2": "Uniform(-0.3, 0.3)"}
+    place = {"source_x": "0.02", "source_y": "-0.03", "source_size": "1.5", "source_flux": "0.7", "theta_E": "0.5"}
+    config = load_config({"source": {"kind": "sersic"} | shape, "priors": place})
+    source = blank(config.source, {}).double()
+    model = LensModel(lens_batch(), PriorMap(config.priors.expressions()), source, Optics(supersampling=2))
+    w = 0.3 * torch.randn(3, model.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    e2 = source.priors(model.split(w)[1])["e2"]
+    q, phi = axis_ratio(torch.full_like(e2, 0.1), e2)
+    fall = 1 - (UNIT / 0.15) ** 0.25
+    numbers = {"amplitude": 0.7 * np.exp(-float(light.sersic_b(torch.tensor(4.0))) * fall), "R_sersic": 0.15 * 1.5}
+    numbers |= {"n_sersic": 4.0, "center_x": 0.02, "center_y": -0.03}
+    known = {name: torch.full((3,), value).double() for name, value in numbers.items()} | {"q": q, "phi": phi}
+    profile = partial(light.sersic, **{name: value[:, None, None] for name, value in known.items()})
+    expected = model.simulator.image(model.parameters(w), profile)
+    torch.testing.assert_close(model.image(w), expected, rtol=2e-3, atol=0)
+    total, _ = source_fluxes(model, w)
+    fine = source.drawn(model.split(w)[1], 3000).mean((1, 2)) * 0.7 * 1.5**2 / 0.2**2
+    torch.testing.assert_close(total, fine, rtol=0.01, atol=0)

@@ -17,6 +17,6 @@ rule catalogue:
         mem_mb=2000,
         runtime=60,
     params:
-        settings=sections("catalogue", "mocks"),
+        settings=sections("catalogue", "mocks", lens={"psf_supersampling"}),
     shell:
         "python -m lenspipe catalogue --config {params.settings:q} > {log} 2>&1"

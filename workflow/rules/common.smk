@@ -37,12 +37,16 @@ onstart:
     note_run(Path("results"))
 
 
-def sections(*names):
+def sections(*names, **parts):
     """The named sections of the settings as JSON: a rule sees these alone, and runs again only when they change.
+
+    parts: sections of which only these keys count.
 
     A function, because Snakemake would take the braces of ${VARIABLE} in a text for a wildcard.
     """
-    chosen = settings.model_dump(mode="json", include={"seed", *names})
+    chosen = settings.model_dump(
+        mode="json", include=dict.fromkeys(("seed", *names), True) | parts
+    )
     text = json.dumps(chosen, separators=(",", ":"))
     return lambda wildcards: text
 
