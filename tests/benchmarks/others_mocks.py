@@ -6,7 +6,7 @@ go through the preparation and the priors of the preset for observed lenses. FOL
 as FITS files, the settings and the results, which hold their pixels. The stages source, deflection_table, catalogue,
 fit and summary run as they do from the command line. One JSON line a lens: truth, median and standard deviation of
 theta_E, gamma and q, how far the median is off in per cent and in standard deviations, chi^2 per pixel, flags,
-seconds; and one line a set.
+seconds; and one line a set, with the pulls of these parameters.
 
     --systems N     how many of gigalens40, from the first on (10)
     --fit JSON      settings of the section `fit` in place of those here, such as '{"rounds": 1, "draws": 20}'
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from lenspipe import cli
 from lenspipe.image.noise import noise_of_data
 
+PARAMETERS = ("theta_E", "gamma", "q", "e1", "e2")
 PRESET = Path(__file__).parents[2] / "workflow/presets/observed.yaml"
 FIT = {"chains": 4, "warmup": 150, "draws": 200, "rounds": 2}
 SERSIC = {"kind": "sersic", "R_sersic": 0.15, "n_sersic": "TruncatedNormal(2, 1.5, 0.5, 6)"}
@@ -230,7 +231,7 @@ def compared(row: pd.Series, truth: dict[str, float]) -> dict[str, Any]:
     line: dict[str, Any] = {"name": row["name"], "status": row["status"], "flags": row["flags"]}
     if row["status"] == "failed":
         return line | {"reason": row["reason"]}
-    for name in ("theta_E", "gamma", "q", "e1", "e2"):
+    for name in PARAMETERS:
         if name not in truth:
             continue
         median, sd = float(row[f"{name}_median"]), (float(row[f"{name}_p84"]) - float(row[f"{name}_p16"])) / 2
@@ -239,6 +240,16 @@ def compared(row: pd.Series, truth: dict[str, float]) -> dict[str, Any]:
         line[name] = {key: float(f"{value:.5g}") for key, value in found.items()}
     kept = ("chi2_per_pixel", "r_hat_max", "ess_bulk_min", "starts_agreeing", "evidence_lead", "seconds")
     return line | {name: float(f"{float(row[name]):.4g}") for name in kept}
+
+
+def pulls(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of every parameter: mean and standard deviation of the errors over their own, and how many are below three."""
+    found = {}
+    for name in PARAMETERS:
+        if len(sigmas := [line[name]["sigma"] for line in lines if name in line]):
+            numbers = {"mean": np.mean(sigmas), "sd": np.std(sigmas), "within_3": np.sum(np.abs(sigmas) < 3)}
+            found[name] = {key: round(float(value), 2) for key, value in numbers.items()}
+    return found
 
 
 def main() -> None:
@@ -263,7 +274,7 @@ def main() -> None:
             print(json.dumps(line), flush=True)
         off = [line["theta_E"] for line in lines if "theta_E" in line]
         total = {"set": name, "lenses": len(lines), "within_1_percent": sum(abs(one["percent"]) < 1 for one in off)}
-        total |= {"within_3_sigma": sum(abs(one["sigma"]) < 3 for one in off)}
+        total |= {"pulls": pulls(lines)}
         print(json.dumps(total | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
 
 
