@@ -129,9 +129,13 @@ def tinylens_light(folder: Path, _: int) -> Iterator[Mock]:
 
 
 def pyautolens(folder: Path, _: int) -> Iterator[Mock]:
-    """Isothermal ellipsoids and shear, without lens light; the second source has four parts."""
-    for name, scale in (("no_lens_light", 0.1), ("source_complex", 0.05)):
-        yield pyautolens_mock(folder / "pyautolens" / name, scale)
+    """Isothermal ellipsoid and shear, without lens light."""
+    yield pyautolens_mock(folder / "pyautolens/no_lens_light", 0.1)
+
+
+def pyautolens_clumps(folder: Path, _: int) -> Iterator[Mock]:
+    """The same; the source is four galaxies, up to 1.3 arcsec apart."""
+    yield pyautolens_mock(folder / "pyautolens/source_complex", 0.05)
 
 
 def pyautolens_light(folder: Path, _: int) -> Iterator[Mock]:
@@ -192,6 +196,14 @@ SETS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tinylens": (tinylens, {"source": SERSIC, "priors": WIDE}),
     "galan": (galan, {"source": {"kind": "shapelets", "R_sersic": 0.12, "order": 14}, "priors": WIDE}),
     "pyautolens": (pyautolens, {"source": {"kind": "shapelets", "R_sersic": 0.12, "order": 8}, "priors": WIDE}),
+    "pyautolens_clumps": (
+        pyautolens_clumps,
+        {
+            "source": {"kind": "pixel_grid", "envelope": 0.2, "correlation": 0.04, "modes": 400},
+            "priors": WIDE | {"source_size": "LogNormal(3, 0.3)"},
+            "fit": {"scouts": 16},
+        },
+    ),
     "pyautolens_light": (pyautolens_light, observed(supersampling=2)),
     "tinylens_light": (tinylens_light, observed(supersampling=2)),
 }
