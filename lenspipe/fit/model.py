@@ -98,19 +98,16 @@ class LensModel:
 
     def source_frame(self, w: Tensor) -> Tensor:
         """Where the decoded image lies in the source plane: x and y of its centre and its full width ["], [lens, 3]."""
-        p = self.parameters(w)
-        u, v = self.view(w).centre
-        size = p["source_size"]
-        return torch.stack([p["source_x"] - size * u, p["source_y"] - size * v, size], -1)
+        return frame_of(self.parameters(w), self.view(w))
 
     def source_plane(self, w: Tensor, frame: Tensor) -> Tensor:
         """Brightness of the sources, in flux units, on as many pixels over a frame [lens, 3]: [lens, m, m]."""
-        n = self.source.pixels
+        n, p, sources = self.source.pixels, self.parameters(w), self.view(w)
         axis = pixel_axis(n).to(w)
-        own, frame = self.source_frame(w)[:, :, None], frame[:, :, None]
+        own, frame = frame_of(p, sources)[:, :, None], frame[:, :, None]
         u, v = ((frame[:, i] + axis * frame[:, 2] - own[:, i]) / own[:, 2] for i in (0, 1))
         grid = u[:, None, :].expand(-1, n, -1), v[:, :, None].expand(-1, -1, n)
-        return self.parameters(w)["source_flux"][:, None, None] * self.view(w).at(*grid)
+        return p["source_flux"][:, None, None] * sources.at(*grid)
 
     def source_rays(self, w: Tensor) -> Tensor:
         """Brightness of the lensed source along the rays, without PSF, in flux units: [lens, ny s, nx s]."""
@@ -247,3 +244,9 @@ class LensModel:
             noise = torch.where(self.batch.usable, 1 / self.weight, 1.0)
             observed = dist.Normal(self.image(w), noise).mask(self.batch.usable).to_event(2)
             pyro.sample("image", observed, obs=self.data)
+
+
+def frame_of(p: Parameters, sources: Drawn | Seen) -> Tensor:
+    """Centre x, y and full width ["] of the images of sources, where the lenses have these parameters: [n, 3]."""
+    (u, v), size = sources.centre, p["source_size"]
+    return torch.stack([p["source_x"] - size * u, p["source_y"] - size * v, size], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -34,15 +35,15 @@ class Source(nn.Module):
         return w
 
 
-class FunctionSource(Source):
+class FunctionSource(Source, ABC):
     """A source that is known at every point, not on pixels alone, so that rays see it as it is, without an edge.
 
     The middle of its image is its centre.
     """
 
+    @abstractmethod
     def brightness(self, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Brightness of w [n, size] at u, v [n, ny, nx], in units of the image's width from its middle."""
-        raise NotImplementedError
 
     def slopes(self, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Derivatives of that with respect to w: [n, size, ny, nx]; by forward mode."""

@@ -16,12 +16,12 @@ from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.lens.profiles import Vector
 from lenspipe.source.base import FunctionSource, Source
 
-FINE = 4  # points along a pixel of an image at which the light of a function is added up
+POINTS = 256  # along a side of the image of a function, at which its light is added up
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images [n, m, m], and their derivatives [n, size, m, m] where they are asked for."""
+    """Images [n, m, m], and their derivatives [n, size, m, m] where `slopes` is wanted."""
 
     images: Tensor
     interpolation: str
@@ -42,9 +42,8 @@ class Drawn:
         return self.images.mean((-2, -1))
 
     def take(self, rows: Tensor) -> Drawn:
-        """The sources at `rows` [n]."""
-        derivatives = None if self.derivatives is None else self.derivatives[rows]
-        return Drawn(self.images[rows], self.interpolation, derivatives)
+        """The sources at `rows` [n], without derivatives."""
+        return Drawn(self.images[rows], self.interpolation)
 
     def at(self, u: Tensor, v: Tensor) -> Tensor:
         """Brightness there."""
@@ -83,7 +82,7 @@ class Seen:
 
     @property
     def total(self) -> Tensor:
-        return self.source.drawn(self.w, FINE * self.source.pixels).mean((-2, -1))
+        return self.source.drawn(self.w, POINTS).mean((-2, -1))
 
     def take(self, rows: Tensor) -> Seen:
         return Seen(self.source, self.w[rows])
