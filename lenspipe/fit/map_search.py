@@ -2,7 +2,7 @@
 
 The search goes from cheap to dear. Scouts, many starts of a lens on coarse pixels, climb with the noise multiplied by
 falling temperatures; after every rung the best that differ go on. Those that are left climb with the whole source on
-finer pixels, and the best of them and its rival to the end on all pixels: the basins.
+finer pixels, and the best of them and its rivals to the end on all pixels: the basins.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FURTHEST = 8.0  # bound of every unknown, in standard deviations of its prior
 
 @dataclass(frozen=True)
 class MapFit:
-    """The best point of every lens and what the search saw.
+    """The best point of every lens, the highest of the basin with the most evidence, and what the search saw.
 
     w: [lens, size]; log_density: [lens]; hessian: [lens, size, size], Gauss-Newton, of minus the log posterior at w;
     converged: [lens]. basins_w, basins_log_density, basins_log_evidence: [lens, basin, size] and [lens, basin], the
-    distinct solutions from the best on, with Laplace's approximation of their evidence; NaN where there are fewer.
+    distinct solutions by falling evidence, which is Laplace's approximation; NaN where there are fewer.
     start_log_density: [lens, survivor], where the surviving scouts ended before the last climb; start_basin: [lens,
     survivor], the basin each ended in or where the climb to it began, -1 for those left behind; start_count: [lens,
     survivor], how many scouts were dropped on the way because they were like this one, and itself.
@@ -193,60 +193,82 @@ def dropped(
 def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, settings: Fit) -> MapFit:
     """Climb to the end on all pixels from the best points [lens, start, size] and their rivals; compare the basins.
 
-    value: [lens, start], log posteriors under the model `settled`. A rival is the best point that is elsewhere than the
-    best one and not more than `settings.rival_gap` below it.
+    value: [lens, start], log posteriors under the model `settled`. A rival is a point that is elsewhere than all better
+    ones and not more than `settings.rival_gap` below the best. The first basin is that with the most evidence, which
+    tells how much of the posterior is there: a source that draws the arcs itself may reach a higher maximum.
     """
     lenses = torch.arange(len(value), device=w.device)
-    first = value.argmax(1)
-
-    def spread_at(start: Tensor, lens: Tensor) -> Tensor:
-        return named_sd(settled, settled.hessian(w[lens, start[lens]], lens))
-
-    origin_spread = spread_at(first, lenses)[:, None].repeat(1, 2, 1)
-    elsewhere = separation(settled, w, w[lenses, first], origin_spread[:, 0]) > SAME_BASIN
-    rival = torch.where(elsewhere, value, -torch.inf)
-    second = rival.argmax(1)
-    with_rival = rival.amax(1) >= value.amax(1) - settings.rival_gap
-    if with_rival.any():
-        origin_spread[with_rival, 1] = spread_at(second, lenses[with_rival])
-    lens = torch.cat([lenses, lenses[with_rival]])
-    begun = torch.cat([w[lenses, first], w[lenses, second][with_rival]])
-    ended, reached, converged = climb(model, begun, 1.0, settings.final_steps, lens)
-    hessian = model.hessian(ended, lens)
-    place = torch.stack([lenses, lenses.clone()], 1)  # of the two basins among those climbed to
-    place[with_rival, 1] = torch.arange(len(value), len(lens), device=w.device)
-    same = (
-        separation(model, ended[place[:, 1:]], ended[place[:, 0]], named_sd(model, hessian[place[:, 0]]))[:, 0]
-        < SAME_BASIN
+    climbed, origin_sd = apart(settled, w, value, settings.rival_gap)
+    lens, start = climbed.nonzero(as_tuple=True)
+    ended, sd = w.clone(), torch.full_like(origin_sd, torch.nan)
+    reached, evidence = torch.full_like(value, -torch.inf), torch.full_like(value, -torch.inf)
+    done, place = torch.zeros_like(climbed), torch.zeros_like(climbed, dtype=torch.long)
+    ended[lens, start], reached[lens, start], done[lens, start] = climb(
+        model, w[lens, start], 1.0, settings.final_steps, lens
     )
-    swap = reached[place[:, 1]] > reached[place[:, 0]]
-    place = torch.where(swap[:, None], place.flip(1), place)
-    best, alone = place[:, 0], same | ~with_rival
-    points, density = ended[place], reached[place]
-    evidence = density - 0.5 * torch.logdet(hessian)[place]
-    for basins in (points, density, evidence):
-        basins[alone, 1] = torch.nan
-    spreads = named_sd(model, hessian[place.flatten()]).unflatten(0, place.shape)
-    far = torch.stack([separation(model, w, points[:, i], spreads[:, i]) for i in range(2)], -1)
-    origin = torch.stack([first, second], 1)  # a maximum on fine pixels may be far from the same one on coarse ones
-    begun_far = torch.stack(
-        [separation(settled, w, w[lenses, origin[:, i]], origin_spread[:, i]) for i in range(2)], -1
-    )
-    begun_far = torch.where(swap[:, None, None], begun_far.flip(-1), begun_far)
-    begun_far[..., 0] = torch.where((same & with_rival)[:, None], begun_far.amin(-1), begun_far[..., 0])
-    far = torch.where(far.isnan(), torch.inf, torch.minimum(far, begun_far))
+    hessian = model.hessian(ended[lens, start], lens)
+    sd[lens, start] = named_sd(model, hessian)
+    evidence[lens, start] = reached[lens, start] - 0.5 * torch.logdet(hessian)
+    place[lens, start] = torch.arange(len(lens), device=w.device)
+
+    most = evidence.argmax(1)
+    there = separation(model, ended, ended[lenses, most], sd[lenses, most]) < SAME_BASIN
+    first = torch.where(there & climbed, reached, -torch.inf).argmax(1)
+    second = torch.where(there, -torch.inf, evidence).argmax(1)
+    alone = ~(climbed & ~there).any(1)
+    both = lenses[:, None], torch.stack([first, second], 1)
+    basins = [field[both] for field in (ended, reached, evidence)]
+    for field in basins:
+        field[alone, 1] = torch.nan
     return MapFit(
-        w=ended[best],
-        log_density=reached[best],
-        hessian=hessian[best],
-        converged=converged[best],
-        basins_w=points,
-        basins_log_density=density,
-        basins_log_evidence=evidence,
+        w=ended[lenses, first],
+        log_density=reached[lenses, first],
+        hessian=hessian[place[lenses, first]],
+        converged=done[lenses, first],
+        basins_w=basins[0],
+        basins_log_density=basins[1],
+        basins_log_evidence=basins[2],
         start_log_density=value,
-        start_basin=torch.where(far.amin(-1) < SAME_BASIN, far.argmin(-1), -1),
+        start_basin=basin_of(model, w, origin_sd, ended, climbed, basins[0], sd[both]),
         start_count=torch.ones_like(value, dtype=torch.long),
     )
+
+
+def apart(model: LensModel, w: Tensor, value: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Which of the points [lens, start, size] are the best of their lens or rivals of it: [lens, start].
+
+    And Laplace's standard deviations of the named unknowns at those [lens, start, named], not numbers at the others.
+    """
+    chosen, left = torch.zeros_like(value, dtype=torch.bool), value >= value.amax(1, keepdim=True) - gap
+    spread = torch.full_like(model.split(w)[0], torch.nan, dtype=torch.float64)
+    while left.any():
+        lens = left.any(1).nonzero()[:, 0]
+        best = torch.where(left, value, -torch.inf).argmax(1)[lens]
+        chosen[lens, best] = True
+        spread[lens, best] = named_sd(model, model.hessian(w[lens, best], lens))
+        left[lens] &= separation(model, w[lens], w[lens, best], spread[lens, best]) > SAME_BASIN
+        left[lens, best] = False
+    return chosen, spread
+
+
+def basin_of(
+    model: LensModel, w: Tensor, origin_sd: Tensor, ended: Tensor, climbed: Tensor, basins: Tensor, sd: Tensor
+) -> Tensor:
+    """The basin [lens, start] that points [lens, start, size] are in, of `basins` [lens, basin, size]; -1 for none.
+
+    sd: [lens, basin, named], in the basins. A maximum on fine pixels may be far from the same one on coarse ones, so a
+    point is also in the basin in which a climb from near it ended: of the points those that `climbed` [lens, start]
+    ended at `ended` [lens, start, size]; origin_sd: [lens, start, named], where they began.
+    """
+    named = model.split(w)[0]
+    begun = ((named[:, :, None] - named[:, None]).double().abs() / origin_sd[:, None]).amax(-1)  # [lens, point, climb]
+    far = []
+    for i in range(basins.shape[1]):
+        came = climbed & (separation(model, ended, basins[:, i], sd[:, i]) < SAME_BASIN)
+        by_climb = torch.where(came[:, None], begun, torch.inf).amin(-1)
+        far.append(torch.minimum(separation(model, w, basins[:, i], sd[:, i]).nan_to_num(nan=torch.inf), by_climb))
+    distance = torch.stack(far, -1)
+    return torch.where(distance.amin(-1) < SAME_BASIN, distance.argmin(-1), -1)
 
 
 def named_sd(model: LensModel, hessian: Tensor) -> Tensor:

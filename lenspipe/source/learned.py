@@ -11,9 +11,12 @@ from lenspipe.source.latent import FlowLatent, GaussianLatent
 from lenspipe.source.sketch import principal_source
 from lenspipe.source.vae import Decoder
 
+FAINTEST = 0.5  # peak below which no decoded image falls; galaxies to train on have peaks of 1
+SHARPNESS = 8  # with this power in it a mean stands for the greater of two values, with twice of it for the greatest
+
 
 class LearnedSource(Source):
-    """mu_d(z(w)) + sum_k r_k b_k; w: first the latents' unknowns, then the weights r of the basis b.
+    """lifted(mu_d(z(w))) + sum_k r_k b_k; w: first the latents' unknowns, then the weights r of the basis b.
 
     decoder: the VAE's; latent: from w to z; basis: [component, 64, 64].
     """
@@ -41,7 +44,7 @@ class LearnedSource(Source):
 
     def decoded(self, w: Tensor) -> Tensor:
         """The decoder's part [n, 64, 64]."""
-        return self.decoder(self.latent(w[:, : self.latents]))
+        return lifted(self.decoder(self.latent(w[:, : self.latents])))
 
     def field(self, w: Tensor) -> Tensor:
         """The residual field [n, 64, 64]."""
@@ -62,7 +65,21 @@ class LearnedSource(Source):
         unknowns = w[:, : self.latents]
         (directions,) = pushed_forward(lambda unknowns: (self.latent(unknowns),), unknowns)
         decoded, of_latents = self.decoder.linearise(self.latent(unknowns), directions)
-        return decoded + self.field(w), torch.cat([of_latents, self.basis.expand(len(w), -1, -1, -1)], 1)
+        of_latents = torch.func.vmap(
+            lambda along: torch.func.jvp(lifted, (decoded,), (along,))[1], in_dims=1, out_dims=1
+        )(of_latents)
+        return lifted(decoded) + self.field(w), torch.cat([of_latents, self.basis.expand(len(w), -1, -1, -1)], 1)
+
+
+def lifted(images: Tensor) -> Tensor:
+    """Images [n, 64, 64] that are fainter than `FAINTEST`, multiplied so that they are not.
+
+    Far out in the latents the decoder draws faint images. A bright `source_flux` on such an image is a residual field
+    many times as strong as galaxies have it, with which a source can draw the arcs themselves.
+    """
+    top = images.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-6)
+    peak = top * (images / top).pow(2 * SHARPNESS).sum((-2, -1), keepdim=True) ** (0.5 / SHARPNESS)
+    return images * (1 + (FAINTEST / peak.clamp(min=1e-3)) ** SHARPNESS) ** (1 / SHARPNESS)
 
 
 def latent_map(settings: Settings, latents: int) -> GaussianLatent | FlowLatent:

@@ -410,6 +410,22 @@ def test_a_start_agrees_where_its_coarse_maximum_is_elsewhere(model: tuple[LensM
     assert found.start_basin.tolist() == [[0, 0]] * 3
 
 
+def test_all_that_coarse_pixels_leave_open_climb_on_the_fine_ones(model: tuple[LensModel, Tensor]) -> None:
+    """What was third there may be first in the end; a point at the place of a better one, or far behind, is left."""
+    lens_model, truth = model
+    ended, reached, _ = map_search.climb(lens_model, truth, 1.0, 20)
+    w = torch.stack([truth + 1.5, truth - 1.5, ended, ended, truth + 3], 1)
+    behind = torch.tensor([0.0, 10.0, 20.0, 30.0, 60.0], dtype=torch.float64)
+    value = reached[:, None] - behind
+    chosen, spread = map_search.apart(lens_model, w, value, 50)
+    assert chosen.tolist() == [[True, True, True, False, False]] * 3
+    assert torch.isfinite(spread).all(-1).tolist() == chosen.tolist()
+    found = map_search.finish(lens_model, lens_model, w, value, Fit(final_steps=1))
+    torch.testing.assert_close(found.log_density, reached, rtol=0, atol=0.1)
+    assert found.start_basin[:, 2:4].tolist() == [[0, 0]] * 3
+    assert bool((found.basins_log_density[:, 1] < reached - 50).all())
+
+
 def test_ellipticity_of_a_component_is_its_axis_ratio_and_angle() -> None:
     given = {"bulge_e1": torch.tensor([0.0, -0.2]), "bulge_e2": torch.tensor([0.25, 0.0])}
     main = {name: torch.tensor([0.5]) for name in ("q", "phi", "theta_E")}

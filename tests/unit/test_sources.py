@@ -22,7 +22,7 @@ from lenspipe.image.simulator import Optics
 from lenspipe.lens.coordinates import axis_ratio
 from lenspipe.prior_map import PriorMap
 from lenspipe.source import learned
-from lenspipe.source.base import Source
+from lenspipe.source.base import Source, pixel_axis
 from lenspipe.source.prior import blank, read_source_prior, write_source_prior
 from lenspipe.source.reconstruction import misfit, reconstruct
 from lenspipe.source.sersic import UNIT
@@ -251,6 +251,24 @@ def test_without_its_residual_field_a_source_is_its_decoder() -> None:
     torch.testing.assert_close(source(w) - source.decoded(w), field)
     assert isinstance(source.decoder, Decoder)
     assert isinstance(parsed("residual"), LearnedSource)
+
+
+def test_no_decoded_image_is_faint() -> None:
+    """Those of a peak of 1 stay as they are; a decoder that nobody trained draws faint ones."""
+    axis = pixel_axis().double()
+    galaxy = torch.exp(-(axis[:, None].square() + axis.square()) / (2 * 0.1**2))
+    images = torch.tensor([2e-3, 0.05, 0.3, 0.5, 1.0], dtype=torch.float64)[:, None, None] * galaxy
+    seen = learned.lifted(images)
+    peaks = seen.amax((1, 2))
+    torch.testing.assert_close(seen / peaks[:, None, None], images / images.amax((1, 2), keepdim=True))
+    assert bool(((peaks > 0.35) & (peaks.diff(prepend=peaks[:1]) >= 0)).all())
+    torch.testing.assert_close(seen[-1], images[-1], rtol=1e-3, atol=0)
+    assert bool((learned.lifted(torch.zeros(1, 64, 64)) == 0).all())
+    source = made("residual")
+    assert isinstance(source, learned.LearnedSource)
+    w = unknowns(source)
+    assert float(source.decoder(source.latent(w[:, :LATENTS])).amax((1, 2)).max()) < 0.2
+    assert float(source.decoded(w).amax((1, 2)).min()) > 0.3
 
 
 def test_rays_see_a_function_as_it_is() -> None:

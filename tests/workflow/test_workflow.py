@@ -252,6 +252,17 @@ def test_settings_of_the_command_line_go_over_the_file(tmp_path: Path) -> None:
     assert f'"draws":{draws}' in shown
 
 
+def test_a_second_file_of_settings_goes_over_the_first(tmp_path: Path) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text("galaxies: {test_fraction: 0.125}\n")
+    files = ("--configfile", str(TINY), str(second))
+    done = snakemake(tmp_path, *files, "--dry-run", "--printshellcmds")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert '"test_fraction":0.125' in shown
+    assert f'"title":"{yaml.safe_load(TINY.read_text())["report"]["title"]}"' in shown
+
+
 def test_bad_config_stops_before_any_job(tmp_path: Path) -> None:
     config = tiny_with(tmp_path / "bad.yaml", "fit", drawz=3)
     done = snakemake(tmp_path, config=config)
