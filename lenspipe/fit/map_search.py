@@ -198,6 +198,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     tells how much of the posterior is there: a source that draws the arcs itself may reach a higher maximum.
     """
     lenses = torch.arange(len(value), device=w.device)
+    value = torch.where(value.isnan(), -torch.inf, value)
     climbed, origin_sd = apart(settled, w, value, settings.rival_gap)
     lens, start = climbed.nonzero(as_tuple=True)
     ended, sd = w.clone(), torch.full_like(origin_sd, torch.nan)

@@ -426,6 +426,17 @@ def test_all_that_coarse_pixels_leave_open_climb_on_the_fine_ones(model: tuple[L
     assert bool((found.basins_log_density[:, 1] < reached - 50).all())
 
 
+def test_a_start_without_numbers_does_not_take_the_others_with_it(model: tuple[LensModel, Tensor]) -> None:
+    """The best of the others is climbed from; a lens that has none ends without a finite log posterior."""
+    lens_model, truth = model
+    w = torch.stack([truth, torch.full_like(truth, torch.nan)], 1)
+    value = torch.stack([lens_model.log_density(truth), torch.full_like(truth[:, 0], torch.nan)], 1)
+    found = map_search.finish(lens_model, lens_model, w, value, Fit(final_steps=3))
+    assert bool((found.log_density > value[:, 0] - 1).all())
+    none = map_search.finish(lens_model, lens_model, w[:, 1:], value[:, 1:], Fit(final_steps=3))
+    assert not torch.isfinite(none.log_density).any()
+
+
 def test_ellipticity_of_a_component_is_its_axis_ratio_and_angle() -> None:
     given = {"bulge_e1": torch.tensor([0.0, -0.2]), "bulge_e2": torch.tensor([0.25, 0.0])}
     main = {name: torch.tensor([0.5]) for name in ("q", "phi", "theta_E")}
