@@ -11,7 +11,7 @@ from lenspipe.source.latent import FlowLatent, GaussianLatent
 from lenspipe.source.sketch import principal_source
 from lenspipe.source.vae import Decoder
 
-FAINTEST = 0.5  # peak below which no decoded image falls; galaxies to train on have peaks of 1
+FAINTEST = 0.5  # what the peak of a decoded image is brightened to, roughly, where it is less; those to train on have 1
 SHARPNESS = 8  # with this power in it a mean stands for the greater of two values, with twice of it for the greatest
 
 

@@ -177,9 +177,10 @@ def axis_ratio(e1: float, e2: float) -> float:
 
 
 def observed(**lens: Any) -> dict[str, Any]:
-    """The settings of the preset for observed lenses, but for its tables."""
+    """The settings of the preset for observed lenses, but for its tables, with a source that needs no galaxies."""
     settings = yaml.safe_load(PRESET.read_text())
-    parts = {name: settings[name] for name in ("source", "priors", "fit")}
+    priors = settings["priors"] | {"source_size": "LogNormal(1, 0.6)", "source_flux": "LogNormal(4, 1)"}
+    parts = {"source": {"kind": "shapelets", "R_sersic": 0.15, "order": 8}, "priors": priors, "fit": settings["fit"]}
     return parts | {"lens": settings["lens"] | lens, "catalogue": {"preparation": {}}}
 
 
