@@ -54,7 +54,8 @@ def write_mocks(config: Config, paths: Results) -> None:
                 field = settings.image_size * settings.pixel_scale
                 size = settings.source_extent * field / light_extent(picture)
                 parameters = draw_parameters(priors, generator, {"source_size": size})
-                source: Drawn | Seen = Drawn(torch.from_numpy(picture)[None], optics.interpolation)
+                stamp = torch.from_numpy(picture)[None]
+                source: Drawn | Seen = Drawn(stamp, stamp, optics.interpolation)
                 origin = names[galaxy]
             else:
                 parameters = draw_parameters(priors, generator)

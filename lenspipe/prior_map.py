@@ -1,4 +1,8 @@
-"""Every prior as a map from a standard normal: theta = T(w), w ~ N(0, 1)."""
+"""Every prior as a map from a standard normal: theta = T(w), w ~ N(0, 1).
+
+By quantiles, but for a half normal, which is folded: theta = scale |w|. An image that is linear in it is linear in w,
+and amplitudes that stand in for each other lie on a plane, not in a bent valley a thousand times as long as it is wide.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,13 @@ from lenspipe.pyro_prior import ndtr, quantile
 
 
 def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
-    """The value whose quantile in the prior is that of `w` in the standard normal. Smooth, increasing; any shape."""
+    """The value whose quantile in the prior is that of `w` in the standard normal; any shape. Smooth, increasing.
+
+    Of a half normal `scale |w|`, with the slope at 0 of what is above.
+    """
+    if prior.distribution == "HalfNormal":
+        (scale,) = (*prior.arguments, *dict(prior.keywords).values())
+        return scale * torch.where(w < 0, -w, w)
     if prior.is_pyros:
         return quantile(prior.distribution, prior.arguments, prior.keywords, w)
     match prior.distribution:
@@ -47,12 +57,14 @@ class PriorMap:
 
     Computed in float64, where a quantile near 0 or 1 keeps its digits, and returned in the precision of `w`. Those that
     share the value of another are left out; `shared` has each with the one at the end of its chain, for `canonical`.
+    Those at the places `folded` have the same value at w and -w.
     """
 
     def __init__(self, priors: Mapping[str, PriorExpression]):
         self.priors = dict(priors)
         self.own = {name: prior for name, prior in self.priors.items() if prior.distribution != "Shared"}
         self.free = [name for name, prior in self.own.items() if prior.distribution != "Fixed"]
+        self.folded = [i for i, name in enumerate(self.free) if self.own[name].distribution == "HalfNormal"]
         self.shared = shared(self.priors)
 
     def __call__(self, w: Tensor) -> dict[str, Tensor]:

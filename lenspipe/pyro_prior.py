@@ -15,7 +15,7 @@ import pyro.distributions
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
-from torch.special import log_ndtr, ndtri
+from torch.special import log_ndtr
 
 Arguments = tuple[float, ...]
 Keywords = tuple[tuple[str, float], ...]
@@ -48,9 +48,6 @@ QUANTILES: dict[str, Callable[..., Tensor]] = {
     "Gumbel": lambda w, loc, scale: loc - scale * torch.log(-log_ndtr(w)),
     "HalfCauchy": lambda w, scale: (
         scale * _joined(w, lambda v: torch.tan(math.pi / 2 * ndtr(v)), lambda v: 1 / torch.tan(math.pi / 2 * ndtr(-v)))
-    ),
-    "HalfNormal": lambda w, scale: (
-        scale * _joined(w, lambda v: math.sqrt(2) * torch.erfinv(ndtr(v)), lambda v: -ndtri(ndtr(-v) / 2))
     ),
     "Kumaraswamy": lambda w, concentration1, concentration0: (
         (-torch.expm1(log_ndtr(-w) / concentration0)) ** (1 / concentration1)

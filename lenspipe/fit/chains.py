@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
-from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains
+from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains, narrowed
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -103,21 +103,22 @@ def begun(
     """Round `number` of the lenses `rows`: from the MAP at first, later from where their chains were `before`."""
     lenses = torch.tensor(rows)
     chains = model.take(lenses.repeat_interleave(settings.chains))
-    target, center = chains.value_and_gradient, found.w[lenses]
+    target, center, folded = chains.value_and_gradient, found.w[lenses], model.priors.folded
     if number == 0:
-        return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian)
+        return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian, folded=folded)
     places = torch.cat([thinned(draws, PLACES).w for draws in before])  # [lens, chain, place, size]
-    hessians = [mean_over_chains(chains.hessian, w) for w in places.unbind(2)]
+    hessian = torch.stack([mean_over_chains(chains.hessian, w) for w in places.unbind(2)]).mean(0)
     return Run(
         target,
         center,
-        torch.stack(hessians).mean(0),
+        narrowed(hessian, places.double().var((1, 2), correction=0), folded),
         settings,
         generators,
         warmup=settings.warmup // LATER_WARMUP,
         draws=settings.draws * 2 ** (number - 1),
         begin=places[:, :, -1],
         step=torch.cat([draws.step_size for draws in before]),
+        folded=folded,
     )
 
 

@@ -22,6 +22,7 @@ DAMPING = (1e-6, 1e8)  # its bounds
 ALIKE = 0.1  # difference of the named unknowns below which two points are one [standard deviations of the prior]
 AS_LIKELY = 1.0  # difference of their log posteriors below which such points go on as one [nat]
 SAME_BASIN = 5.0  # difference of every named unknown below which two points are in one basin [posterior sd]
+MEDIAN = 0.6745  # of the half of a standard normal
 FURTHEST = 8.0  # bound of every unknown, in standard deviations of its prior
 
 
@@ -155,7 +156,8 @@ def start_points(model: LensModel, starts: int, generator: torch.Generator) -> T
     w = torch.zeros(starts, model.size, dtype=model.data.dtype)
     named = len(model.priors.free)
     w[1:, :named] = torch.randn(starts - 1, named, generator=generator)
-    return w
+    w[0, model.priors.folded] = MEDIAN
+    return model.unfolded(w)
 
 
 def ranked(model: LensModel, w: Tensor, value: Tensor) -> Tensor:
@@ -292,9 +294,12 @@ def climb(
 
     Every row has its own damping. A step tries three dampings, by the log posterior alone, and takes the best; where
     none raises it the damping grows and the same derivatives serve again. Rows that have converged cost nothing more.
+    Folded unknowns stay at or above 0: a step leaves out those that are there and would go on.
     Returns w [n, size], the log posterior at that temperature [n] and whether it has converged [n].
     """
     identity = torch.eye(model.size, dtype=torch.float64, device=w.device)
+    least_w = torch.full((model.size,), -FURTHEST, dtype=torch.float64, device=w.device)
+    least_w[model.priors.folded] = 0.0
     w = w.clone()
     lenses = (torch.arange(len(w)) if lenses is None else lenses).to(w.device)
     value = model.log_density(w, temperature, lenses)
@@ -313,10 +318,12 @@ def climb(
         if not len(rows):
             break
         trials = torch.tensor(TRIALS, dtype=torch.float64, device=w.device)[:, None] * damping[rows]
-        diagonal = torch.diag_embed(hessian[rows].diagonal(dim1=1, dim2=2))
-        damped = hessian[rows] + trials[..., None, None] * diagonal
-        moves = torch.linalg.solve(damped, gradient[rows].expand(len(TRIALS), -1, -1))
-        proposals = (w[rows].double() - moves).clamp(-FURTHEST, FURTHEST).to(w.dtype)
+        held = (w[rows] <= least_w) & (gradient[rows] > 0)
+        curvature = torch.where(held[:, None] | held[..., None], identity, hessian[rows])
+        diagonal = torch.diag_embed(curvature.diagonal(dim1=1, dim2=2))
+        damped = curvature + trials[..., None, None] * diagonal
+        moves = torch.linalg.solve(damped, torch.where(held, 0.0, gradient[rows]).expand(len(TRIALS), -1, -1))
+        proposals = (w[rows] - moves).clamp(max=FURTHEST).maximum(least_w).to(w.dtype)
         tried = lenses[rows].repeat(len(TRIALS))
         reached = model.log_density(proposals.flatten(0, 1), temperature, tried)
         best, which = reached.unflatten(0, (len(TRIALS), -1)).nan_to_num(nan=-torch.inf).max(0)

@@ -1,6 +1,7 @@
 """The probabilistic model of a batch of lenses, and its derivatives.
 
 Every unknown is a standard normal w: first the named parameters, through their priors, then the latents of the source.
+Some are folded: the same at w and -w; search and chains keep to w >= 0.
 The log posterior is then -(|r(w)|^2 + |w|^2) / 2 up to a constant, with r the residuals in units of the noise.
 """
 
@@ -83,6 +84,12 @@ class LensModel:
         """The unknowns of the named parameters and those of the source."""
         n = len(self.priors.free)
         return w[..., :n], w[..., n:]
+
+    def unfolded(self, w: Tensor) -> Tensor:
+        """The same lenses, folded unknowns at or above 0; w: [..., size]."""
+        w = w.clone()
+        w[..., self.priors.folded] = w[..., self.priors.folded].abs()
+        return w
 
     def parameters(self, w: Tensor) -> Parameters:
         """Named parameters [lens], those of config and the canonical ones; w may lack the source's unknowns."""

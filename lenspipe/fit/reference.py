@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.fit.hmc import Draws
-from lenspipe.fit.map_search import MapFit
+from lenspipe.fit.map_search import MapFit, start_points
 from lenspipe.fit.model import LensModel
 
 CONVERGED = 1e-2  # what a Gauss-Newton step would gain where Adam has converged, at most [nat]
@@ -39,14 +39,14 @@ def adam_search(model: LensModel, settings: Fit, generators: list[torch.Generato
     The paper gives the number of steps and neither learning rate nor starting point: the rate falls to zero along half
     a cosine, the start is the one that the default search has first. Adam is elementwise, so lenses do not meet.
     """
-    w = torch.zeros(len(generators), model.size, dtype=model.data.dtype, device=model.data.device)
+    w = torch.cat([start_points(model, 1, generator) for generator in generators]).to(model.data)
     optimiser = torch.optim.Adam([w], settings.adam_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.adam_steps)
     for _ in range(settings.adam_steps):
         w.grad = -model.value_and_gradient(w)[1]
         optimiser.step()
         schedule.step()
-    w = w.detach()
+    w = model.unfolded(w.detach())
     value, gradient = model.value_and_gradient(w)
     hessian = model.hessian(w)
     column = gradient.double()[..., None]

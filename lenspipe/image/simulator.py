@@ -44,6 +44,17 @@ def canonical(parameters: Parameters, shared: Mapping[str, str] = MappingProxyTy
     return filled
 
 
+def in_source_image(p: Parameters, centre: Vector, x: Tensor, y: Tensor) -> Vector:
+    """Points x, y ["] of the source plane, [lens, ny, nx] each, in units of the source image's width (paper, eq. 17).
+
+    centre: x and y [lens] of the point of the source image that lies at `source_x, source_y`.
+    """
+    scale = 1 / p["source_size"][:, None, None]
+    shift_u = (centre[0] - p["source_x"] / p["source_size"])[:, None, None]
+    shift_v = (centre[1] - p["source_y"] / p["source_size"])[:, None, None]
+    return torch.addcmul(shift_u, x, scale), torch.addcmul(shift_v, y, scale)
+
+
 @dataclass(frozen=True)
 class LineOfSight:
     """Deflectors at other redshifts than the main lens.
@@ -198,11 +209,7 @@ class Simulator:
 
         centre: x and y [lens] of the point of the source image that lies at `source_x, source_y`.
         """
-        beta_x, beta_y = self.source_positions(p)
-        scale = 1 / p["source_size"][:, None, None]
-        shift_u = (centre[0] - p["source_x"] / p["source_size"])[:, None, None]
-        shift_v = (centre[1] - p["source_y"] / p["source_size"])[:, None, None]
-        return torch.addcmul(shift_u, beta_x, scale), torch.addcmul(shift_v, beta_y, scale)
+        return in_source_image(p, centre, *self.source_positions(p))
 
     def source_slopes(self, p: Parameters, points: Vector, centre: Vector) -> tuple[tuple[str, ...], Tensor] | None:
         """Names of parameters and the derivatives of `source_points`, u and v, along them: [lens, 2, name, rays].
@@ -259,7 +266,10 @@ class Simulator:
         `source_x, source_y`; or any function of the position in the source plane ["], [lens, ny s, nx s] each, to the
         brightness there. The light of the lens galaxy and a `background`, where there are any, are added.
         """
-        rays = self.source_rays(p, source)
+        return self.image_of_rays(p, self.source_rays(p, source))
+
+    def image_of_rays(self, p: Parameters, rays: Tensor) -> Tensor:
+        """The same, where the brightness of the lensed source along the rays [lens, ny s, nx s] is known."""
         light = self.lens_light(p)
         image = self.observe((rays if light is None else rays + light)[:, None])[:, 0]
         return image + p["background"][:, None, None] if "background" in p else image

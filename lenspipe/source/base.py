@@ -20,6 +20,12 @@ class Source(nn.Module):
 
     size: int  # number of entries of w
     pixels: int = IMAGE_SIZE  # side m of the images [px]
+    unmoving: int = 0  # how many of the last entries do not move the lead
+
+    def led(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and the lead whose centre of light they are placed by, [n, m, m] both; by default the same."""
+        images = self(w)
+        return images, images
 
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images, and their derivatives with respect to w [n, size, m, m]; by forward mode."""

@@ -25,7 +25,8 @@ class LearnedSource(Source):
         super().__init__()
         self.decoder, self.latent, self.latents = decoder, latent, latents
         self.basis = nn.Buffer(basis)
-        self.size = latents + len(basis)
+        self.unmoving = len(basis)
+        self.size = latents + self.unmoving
         self._sketches: dict[int, Source] = {}
         self.requires_grad_(False).eval()
 
@@ -36,7 +37,12 @@ class LearnedSource(Source):
         return cls(Decoder(latents, channels), latent, latents, torch.zeros(components, IMAGE_SIZE, IMAGE_SIZE))
 
     def forward(self, w: Tensor) -> Tensor:
-        return self.decoded(w) + self.field(w)
+        return self.led(w)[0]
+
+    def led(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and the decoder's part of them: where that is says where the source is, whatever field is on it."""
+        decoded = self.decoded(w)
+        return decoded + self.field(w), decoded
 
     def without_residual(self) -> LearnedSource:
         """The same source without its residual field."""

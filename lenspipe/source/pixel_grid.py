@@ -26,12 +26,16 @@ class PixelGridSource(Source):
         row, column = strongest // len(axis), strongest % len(axis)
         modes = vectors.T[row][:, :, None] * vectors.T[column][:, None, :]
         field = settings.sd * power.flatten()[strongest].sqrt()[:, None, None] * modes
-        self.size = settings.modes
+        self.size = self.unmoving = settings.modes
         self.envelope = nn.Buffer(envelope.float(), persistent=False)
         self.basis = nn.Buffer((envelope * field).float(), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
         return self.envelope + torch.einsum("nk,kyx->nyx", w, self.basis)
+
+    def led(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and the envelope that they are placed by."""
+        return self(w), self.envelope.expand(len(w), -1, -1)
 
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images, and their derivatives [n, size, 64, 64]: the modes, whatever w is."""

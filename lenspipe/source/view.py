@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lenspipe.image.simulator import Brightness, Parameters
+from lenspipe.image.simulator import Brightness, Parameters, in_source_image
 from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.lens.profiles import Vector
 from lenspipe.source.base import FunctionSource, Source
@@ -21,11 +21,16 @@ POINTS = 256  # along a side of the image of a function, at which its light is a
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images [n, m, m], and their derivatives [n, size, m, m] where `slopes` is wanted."""
+    """Images [n, m, m], placed by the centre of the light of a `lead` [n, m, m], which may be themselves.
+
+    derivatives: [n, size, m, m], where `slopes` is wanted; the last `unmoving` unknowns do not move the lead.
+    """
 
     images: Tensor
+    lead: Tensor
     interpolation: str
     derivatives: Tensor | None = None
+    unmoving: int = 0
     has_edge = True
 
     def __len__(self) -> int:
@@ -33,8 +38,8 @@ class Drawn:
 
     @property
     def centre(self) -> Vector:
-        """Of the light, [n] each."""
-        return light_centre(self.images)
+        """Of the light of the lead, [n] each."""
+        return light_centre(self.lead)
 
     @property
     def total(self) -> Tensor:
@@ -43,7 +48,7 @@ class Drawn:
 
     def take(self, rows: Tensor) -> Drawn:
         """The sources at `rows` [n], without derivatives."""
-        return Drawn(self.images[rows], self.interpolation)
+        return Drawn(self.images[rows], self.lead[rows], self.interpolation)
 
     def at(self, u: Tensor, v: Tensor) -> Tensor:
         """Brightness there."""
@@ -52,17 +57,19 @@ class Drawn:
     def slopes(self, places: Vector, along: Vector) -> Tensor:
         """Derivatives with respect to w, [n, size, ny, nx], where those of the brightness along u and v are given.
 
-        The image is linear in the source, whose light also moves the source by as much as the centre of it moves.
+        The image is linear in the source, whose lead also moves the source by as much as the centre of it moves.
         """
         assert self.derivatives is not None
         slopes = sample(self.derivatives, *places, self.interpolation)
-        for moved, step in zip(along, moved_centre(self.images, self.derivatives), strict=True):
-            slopes += moved[:, None] * step[..., None, None]
+        leading = self.derivatives.shape[1] - self.unmoving
+        steps = moved_centre(self.lead, self.derivatives[:, :leading])
+        for moved, step in zip(along, steps, strict=True):
+            slopes[:, :leading] += moved[:, None] * step[..., None, None]
         return slopes
 
-    def of(self, p: Parameters) -> Tensor:
+    def of(self, p: Parameters) -> Brightness:
         """What `Simulator.image` takes, where the lenses have these parameters [n]."""
-        return self.images
+        return partial(on_the_sky, self, p)
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,12 @@ class Seen:
         return self.source.slopes(self.w, *places)
 
     def of(self, p: Parameters) -> Brightness:
-        return partial(self._on_the_sky, p)
+        return partial(on_the_sky, self, p)
 
-    def _on_the_sky(self, p: Parameters, x: Tensor, y: Tensor) -> Tensor:
-        source_x, source_y, size, flux = (p[f"source_{name}"][:, None, None] for name in ("x", "y", "size", "flux"))
-        return flux * self.at((x - source_x) / size, (y - source_y) / size)
+
+def on_the_sky(sources: Drawn | Seen, p: Parameters, x: Tensor, y: Tensor) -> Tensor:
+    """Brightness of sources at places x, y ["] of the source plane, where the lenses have these parameters."""
+    return p["source_flux"][:, None, None] * sources.at(*in_source_image(p, sources.centre, x, y))
 
 
 def view(source: Source, w: Tensor, interpolation: str, derivatives: bool = False) -> Drawn | Seen:
@@ -106,9 +114,10 @@ def view(source: Source, w: Tensor, interpolation: str, derivatives: bool = Fals
     if isinstance(source, FunctionSource):
         return Seen(source, w)
     if not derivatives:
-        return Drawn(source(w), interpolation)
+        return Drawn(*source.led(w), interpolation)
     images, slopes = source.linearise(w)
-    return Drawn(images, interpolation, slopes)
+    lead = source.led(w)[1] if source.unmoving else images
+    return Drawn(images, lead, interpolation, slopes, source.unmoving)
 
 
 def moved_centre(source: Tensor, d_source: Tensor) -> tuple[Tensor, ...]:

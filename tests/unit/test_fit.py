@@ -506,17 +506,17 @@ def test_sampler_draws_a_gaussian_it_was_given_the_wrong_metric_for(correlated: 
 
 def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, Tensor]) -> None:
     precision, mean = correlated
-    target = gaussian_target(precision, mean)
+    metric = hmc.Metric(gaussian_target(precision, mean), torch.zeros(1, 3).double(), torch.eye(3)[None].double(), 4)
     generator = torch.Generator().manual_seed(0)
     u, momentum = torch.randn(2, 1, 4, 3, generator=generator, dtype=torch.float64)
-    value, gradient = target(u)
+    value, gradient = metric.target(u)
     leaps = torch.tensor([20.0])
 
     def run(step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return hmc.leapfrog(target, u, momentum, value, gradient, torch.tensor([step]).double(), leaps)
+        return hmc.leapfrog(metric, u, momentum, value, gradient, torch.tensor([step]).double(), leaps)
 
     end, p, end_value, end_gradient = run(0.05)
-    back, minus_p, _, _ = hmc.leapfrog(target, end, -p, end_value, end_gradient, torch.tensor([0.05]).double(), leaps)
+    back, minus_p, _, _ = hmc.leapfrog(metric, end, -p, end_value, end_gradient, torch.tensor([0.05]).double(), leaps)
     torch.testing.assert_close(back, u)
     torch.testing.assert_close(minus_p, -momentum)
 
@@ -526,6 +526,112 @@ def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, T
         return float((0.5 * p.square().sum(-1) - v - before).abs().max())
 
     assert energy_error(0.01) < energy_error(0.05) / 10  # second order
+
+
+def folded_target(precision: Tensor, mean: Tensor) -> hmc.Target:
+    """A Gaussian of which only w_0 >= 0 is left, and its mirror image."""
+    whole = gaussian_target(precision, mean)
+
+    def target(w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sign = torch.ones_like(w)
+        sign[:, 0] = torch.where(w[:, 0] < 0, -1.0, 1.0)
+        value, gradient = whole(sign * w, rows)
+        return value, sign * gradient
+
+    return target
+
+
+def test_reflected_trajectories_come_back_and_stay_inside(correlated: tuple[Tensor, Tensor]) -> None:
+    """In any whitening: no unknown falls below 0, momenta keep their lengths, and reversed they go the same way."""
+    hessian = torch.stack([correlated[0], torch.eye(3).double()])
+    metric = hmc.Metric(gaussian_target(*correlated), torch.full((2, 3), 0.2).double(), hessian, 4, [0, 2])
+    generator = torch.Generator().manual_seed(0)
+    begun, momentum = torch.randn(2, 2, 4, 3, generator=generator, dtype=torch.float64)
+    u = metric.whitened(metric.unwhitened(begun).abs())
+    time, lenses = torch.full((2, 1, 1), 6.0).double(), torch.arange(2)
+    end, turned = metric.drift(u, momentum, time, lenses)
+    assert float(metric.unwhitened(end)[:, [0, 2]].min()) > -1e-12
+    torch.testing.assert_close(turned.square().sum(-1), momentum.square().sum(-1))
+    assert int(((end - u - 6 * momentum).abs().amax(-1) > 1).sum()) == 4  # so many were reflected
+    back, minus = metric.drift(end, -turned, time, lenses)
+    torch.testing.assert_close(back, u)
+    torch.testing.assert_close(minus, -momentum)
+    straight = torch.where(metric.unwhitened(u + 6 * momentum)[:, [0, 2]].amin(-1).unflatten(0, (2, 4)) > 0, 1.0, 0.0)
+    torch.testing.assert_close(end * straight[..., None], (u + 6 * momentum) * straight[..., None])
+
+
+def test_a_metric_is_no_wider_than_a_wall_leaves_room(correlated: tuple[Tensor, Tensor]) -> None:
+    """Along folded unknowns, one after the other, and no other; where there is room for all of it nothing changes."""
+    hessian = correlated[0].expand(2, -1, -1)
+    wide = torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2)
+    room = wide * torch.tensor([[0.1, 0.1, 2.0], [3.0, 1e-3, 1.5]]).double()
+    left = torch.linalg.inv(hmc.narrowed(hessian, room, [0, 2])).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(left[0, 0], room[0, 0])
+    assert bool((left[0] <= wide[0]).all())
+    torch.testing.assert_close(left[1], wide[1])
+    torch.testing.assert_close(torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2), wide, rtol=0, atol=0)
+
+
+def test_sampler_draws_what_is_left_of_a_gaussian(correlated: tuple[Tensor, Tensor]) -> None:
+    """Folded at 0 where half of it or most is cut off: moments within five standard errors of draws by rejection."""
+    precision, mean = correlated
+    settings = Fit(chains=8, warmup=300, draws=2000)
+    rng = np.random.default_rng(1)
+    for middle in (0.0, -0.7):
+        shifted = torch.cat([torch.tensor([middle]).double(), mean[1:]])
+        center = torch.zeros(1, 3, dtype=torch.float64)
+        generators = [torch.Generator().manual_seed(3)]
+        target = folded_target(precision, shifted)
+
+        def curvature(w: Tensor) -> Tensor:
+            return precision.expand(len(w), -1, -1)
+
+        run = hmc.Run(target, center, precision[None], settings, generators, curvature, folded=[0])
+        assert float(run.w[..., 0].min()) >= 0
+        w = run.finish().w[0].flatten(0, 1).numpy()
+        every = rng.multivariate_normal(shifted.numpy(), np.linalg.inv(precision.numpy()), 2_000_000)
+        left = every[every[:, 0] >= 0]
+        assert w[:, 0].min() >= -1e-12
+        error = 5 * left.std(0) / np.sqrt(2000)
+        np.testing.assert_array_less(np.abs(w.mean(0) - left.mean(0)), error)
+        np.testing.assert_allclose(np.cov(w.T), np.cov(left.T), atol=0.15 * float(np.outer(*2 * [left.std(0)]).max()))
+
+
+def test_light_that_is_not_there_is_exactly_none(model: tuple[LensModel, Tensor]) -> None:
+    """Of two Gaussians of the lens galaxy's light one is dark: the search ends at its wall, a maximum all the same."""
+    lens_model, truth = model
+    shape = {"amplitude": "HalfNormal(3)", "q": "0.8", "phi": "0.3", "center_x": "0", "center_y": "0"}
+    further = {f"{name}_{key}": text for name in ("bulge", "halo") for key, text in shape.items()}
+    further |= {"bulge_sd": "0.3", "halo_sd": "0.9"}
+    own = {name: parse_prior(text) for name, text in further.items()}
+    priors = PriorMap(Config().priors.expressions() | own)
+    optics = Optics(TABLE, light=Light({"bulge": "gaussian", "halo": "gaussian"}))
+    wider = LensModel(lens_model.batch, priors, lens_model.source, optics)
+    dark, lit = (wider.priors.free.index(f"{name}_amplitude") for name in ("bulge", "halo"))
+    assert wider.priors.folded == [dark, lit]
+    named, latent = lens_model.split(truth)
+    w = torch.zeros(3, wider.size, dtype=torch.float64)
+    w[:, : named.shape[1]], w[:, -latent.shape[1] :] = named, latent
+    w[:, lit] = 0.5
+    hole = wider.image(w) - wider.image(w.index_fill(1, torch.tensor([dark]), 0.05))
+    batch = replace(lens_model.batch, image=(wider.image(w) + hole) * lens_model.batch.flux_unit[:, None, None])
+    searched = LensModel(batch, priors, lens_model.source, optics)
+    begun = w.clone()
+    begun[:, [dark, lit]] = 0.3
+    ended, _, done = map_search.climb(searched, begun, 1.0, 40)
+    assert bool(done.all())
+    assert ended[:, dark].tolist() == [0.0] * 3
+    assert float((ended[:, lit] - 0.5).abs().max()) < 0.1
+    _, slope = searched.value_and_gradient(ended)
+    assert bool((slope[:, dark] < 0).all())
+    free = torch.arange(searched.size) != dark
+    hessian = searched.hessian(ended)[:, free][:, :, free]
+    step = torch.linalg.solve(hessian, slope[:, free, None])[..., 0]
+    assert float((step * slope[:, free]).sum(-1).max()) < 0.05
+    mirrored = begun.clone()
+    mirrored[:, [dark, lit]] *= -1
+    torch.testing.assert_close(searched.log_density(mirrored), searched.log_density(begun))
+    torch.testing.assert_close(searched.unfolded(mirrored), begun)
 
 
 def test_a_lens_does_not_depend_on_its_batch(model: tuple[LensModel, Tensor]) -> None:

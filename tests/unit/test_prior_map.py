@@ -27,7 +27,6 @@ PYROS = {
     "GeneralizedPareto(1, scale=0.5, concentration=0)": stats.expon(1, 0.5),
     "Gumbel(1, 0.5)": stats.gumbel_r(1, 0.5),
     "HalfCauchy(0.5)": stats.halfcauchy(0, 0.5),
-    "HalfNormal(scale=0.5)": stats.halfnorm(0, 0.5),
     "Kumaraswamy(1, 3)": stats.beta(1, 3),
     "Laplace(1, 0.5)": stats.laplace(1, 0.5),
     "Logistic(1, 0.5)": stats.logistic(1, 0.5),
@@ -85,6 +84,21 @@ def test_gradients(text: str) -> None:
     jvp = torch.func.vmap(lambda d: torch.func.jvp(lambda x: from_normal(prior, x), (far,), (d,))[1])
     torch.testing.assert_close(jvp(torch.eye(3).double()), torch.diag(slope))
     assert bool((slope > 0).all())
+
+
+@pytest.mark.parametrize("text", ["HalfNormal(0.5)", "HalfNormal(scale=0.5)"])
+def test_a_half_normal_is_folded(text: str) -> None:
+    """Linear on either side of 0, with the slope of the upper side there; drawn from, it is what scipy calls so."""
+    prior = parse_prior(text)
+    w = torch.tensor([-3.0, -0.5, 0.0, 0.1, 2.0], dtype=torch.float64, requires_grad=True)
+    values = from_normal(prior, w)
+    assert values.tolist() == pytest.approx([1.5, 0.25, 0.0, 0.05, 1.0])
+    (slope,) = torch.autograd.grad(values.sum(), w)
+    assert slope.tolist() == [-0.5, -0.5, 0.5, 0.5, 0.5]
+    drawn = from_normal(prior, torch.randn(20_000, generator=torch.Generator().manual_seed(1)))
+    assert stats.kstest(drawn.numpy(), stats.halfnorm(0, 0.5).cdf).pvalue > 1e-4
+    priors = PriorMap({"gamma": parse_prior(2.0), "theta_E": parse_prior("Normal(1, 0.1)"), "source_flux": prior})
+    assert (priors.free, priors.folded) == (["theta_E", "source_flux"], [1])
 
 
 def test_fixed_parameters_take_no_unknown() -> None:

@@ -19,6 +19,7 @@ from lenspipe.fit.derived import source_fluxes
 from lenspipe.fit.model import LensModel
 from lenspipe.image import light
 from lenspipe.image.simulator import Optics
+from lenspipe.image.source_plane import light_centre
 from lenspipe.lens.coordinates import axis_ratio
 from lenspipe.prior_map import PriorMap
 from lenspipe.source import learned
@@ -179,6 +180,21 @@ def test_lenses_are_fitted_with_it(kind: str) -> None:
     _, gradient = model.value_and_gradient(w)
     expected = -(jacobian.transpose(1, 2) @ residuals[..., None])[..., 0] - w
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6 / NOISE**2)
+
+
+@pytest.mark.parametrize("kind", ["residual", "pixel_grid"])
+def test_weights_do_not_move_a_source(kind: str) -> None:
+    """They are the lead's alone to move: the image of a lens is linear in them, with all else as it is."""
+    model = LensModel(lens_batch(), PriorMap(Config().priors.expressions()), made(kind), Optics())
+    w = 0.3 * torch.randn(3, model.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    steps = torch.randn(2, 3, model.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    steps[..., : -model.source.unmoving] = 0
+    there, one, other, both = (model.image(w + step) for step in (0 * steps[0], *steps, steps.sum(0)))
+    assert float((one - there).abs().max()) > 0.1
+    torch.testing.assert_close(both - there, (one - there) + (other - there))
+    torch.testing.assert_close(model.source_frame(w + steps[0]), model.source_frame(w))
+    centres = [light_centre(model.view(at).images)[0] for at in (w, w + steps[0])]
+    assert float((centres[1] - centres[0]).abs().max()) > 1e-3
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
