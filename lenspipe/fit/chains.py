@@ -111,7 +111,7 @@ def begun(
     return Run(
         target,
         center,
-        narrowed(hessian, places.double().var((1, 2), correction=0), folded),
+        narrowed(hessian, places.double().mean((1, 2)), places.double().var((1, 2), correction=0), folded),
         settings,
         generators,
         warmup=settings.warmup // LATER_WARMUP,

@@ -27,6 +27,7 @@ OWN_STATE = ("hessian", "curved", "moments", "u", "value", "gradient")  # tensor
 ALL = slice(None)
 PLACES = 18  # of each chain over which Hessians are averaged for the last metric
 REFLECTIONS = 50  # in one leapfrog step; a trajectory that has more is not accepted
+WALL = 1.8  # mean over sd of draws that feel one, at most: an exponential has 1, half a Gaussian 1.3, even ones 1.7
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
 
 
@@ -234,7 +235,7 @@ class Run:
         """Take the mean Hessian over where the chains have been for the metric; the step size begins anew."""
         w = self.w
         mean, mean_square = (self.moments / self.places).unbind(1)
-        self.hessian = narrowed(self.curved / self.places, mean_square - mean.square(), self.folded)
+        self.hessian = narrowed(self.curved / self.places, mean, mean_square - mean.square(), self.folded)
         self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains, self.folded)
         self.u = self.metric.whitened(w.flatten(0, 1))
         self.value, self.gradient = self.metric.target(self.u)
@@ -269,15 +270,17 @@ class Run:
         self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]
 
 
-def narrowed(hessian: Tensor, variance: Tensor, folded: Sequence[int]) -> Tensor:
-    """Hessians [lens, size, size] whose Gaussians are no wider along folded unknowns than variances [lens, size] say.
+def narrowed(hessian: Tensor, mean: Tensor, variance: Tensor, folded: Sequence[int]) -> Tensor:
+    """Hessians [lens, size, size] whose Gaussians are no wider at the walls of folded unknowns than draws are.
 
-    A wall leaves less room than curvature knows of, and a trajectory that rattles in it needs small steps.
+    mean, variance: of draws [lens, size]. A wall leaves less room than curvature knows, and a trajectory that rattles
+    there needs small steps. Elsewhere few draws that have not been everywhere yet would be taken for all there is.
     """
     hessian = hessian.clone()
     for column in folded:
         wide = torch.linalg.inv(hessian)[:, column, column]
-        hessian[:, column, column] += (1 / variance[:, column] - 1 / wide).clamp(min=0)
+        more = (1 / variance[:, column] - 1 / wide).clamp(min=0)
+        hessian[:, column, column] += torch.where(mean[:, column] < WALL * variance[:, column].sqrt(), more, 0.0)
     return hessian
 
 
