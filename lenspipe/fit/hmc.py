@@ -110,7 +110,7 @@ class Metric:
             return u + time * momentum, momentum
         walls = self.inverse[lenses][:, :, self.folded]  # [n, size, wall]
         place = self.center[lenses][:, None, self.folded].double()
-        steep = walls.square().sum(1, keepdim=True)
+        squares = walls.square().sum(1, keepdim=True)
         left = time.expand(*u.shape[:2], 1)
         for _ in range(REFLECTIONS):
             speed = momentum @ walls
@@ -122,7 +122,7 @@ class Metric:
             if not bool(hit.any()):
                 return u, momentum
             normal = walls.mT.gather(1, wall.expand_as(u))
-            along = speed.gather(-1, wall) / steep.expand_as(speed).gather(-1, wall)
+            along = speed.gather(-1, wall) / squares.expand_as(speed).gather(-1, wall)
             momentum = torch.where(hit, momentum - 2 * along * normal, momentum)
         return u, torch.where(left > 0, torch.nan, momentum)
 
@@ -132,9 +132,9 @@ class Run:
 
     target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
     hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
-    size] at w, for the refreshed metric; none keeps `hessian`; folded: unknowns whose sign the target does not see.
-    Chains begin at `begin` [lens, chain, size] and with
-    `step` [lens], or at draws from the Gaussian of center and hessian, reflected, with a step that fits its dimension.
+    size] at w, for the refreshed metric; none keeps `hessian`; folded: unknowns whose sign the target does not see, at
+    or above 0 in `center` and `begin`. Chains begin at `begin` [lens, chain, size] and with `step` [lens], or at draws
+    from the Gaussian of center and hessian, reflected, with a step that fits its dimension.
     """
 
     def __init__(

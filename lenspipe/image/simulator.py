@@ -266,10 +266,7 @@ class Simulator:
         `source_x, source_y`; or any function of the position in the source plane ["], [lens, ny s, nx s] each, to the
         brightness there. The light of the lens galaxy and a `background`, where there are any, are added.
         """
-        return self.image_of_rays(p, self.source_rays(p, source))
-
-    def image_of_rays(self, p: Parameters, rays: Tensor) -> Tensor:
-        """The same, where the brightness of the lensed source along the rays [lens, ny s, nx s] is known."""
+        rays = self.source_rays(p, source)
         light = self.lens_light(p)
         image = self.observe((rays if light is None else rays + light)[:, None])[:, 0]
         return image + p["background"][:, None, None] if "background" in p else image
