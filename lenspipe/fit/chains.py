@@ -3,6 +3,8 @@
 After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next, with as many draws
 again. They come beside those it has or, where R-hat still misses its gate and is less without those, in place of them.
 What a lens keeps is thinned to the same number of draws for all, and the gates look at those.
+
+Chains move in the unknowns of `LensModel.straight`; what `sample` is given and returns is in the model's own.
 """
 
 from __future__ import annotations
@@ -68,13 +70,14 @@ def sample(
     """
     saved = checkpoint.load() if checkpoint else {}
     kept = unpacked(saved)
+    straight, start = straightened(model, found)
     for number in range(int(saved.get("round", torch.tensor(0))), settings.rounds):
         lenses = range(len(generators))
         rows = [row for row in lenses if row not in kept or not passes(kept[row], settings, monitored)]
         if not rows:
             break
         before = [kept[row] for row in rows if row in kept]
-        run = begun(model, found, settings, [generators[row] for row in rows], rows, before, number)
+        run = begun(straight, start, settings, [generators[row] for row in rows], rows, before, number)
         if saved:
             run.restore({name.removeprefix("run."): t for name, t in saved.items() if name.startswith("run.")})
         saved, last = {}, time.monotonic()
@@ -88,7 +91,25 @@ def sample(
         draws = run.result()
         for place, row in enumerate(rows):
             kept[row] = joined(kept.get(row), of_lens(draws, place), settings, monitored)
-    return together([thinned(kept[row], settings.draws) for row in range(len(generators))])
+    return bent(model, together([thinned(kept[row], settings.draws) for row in range(len(generators))]))
+
+
+@torch.no_grad()
+def straightened(model: LensModel, found: MapFit) -> tuple[LensModel, MapFit]:
+    """The model, and what the search found, in the unknowns in which chains move."""
+    straight = model.straight()
+    if straight is model:
+        return model, found
+    w = model.to_straight(found.w)
+    return straight, replace(found, w=w, hessian=straight.hessian(w))
+
+
+@torch.no_grad()
+def bent(model: LensModel, draws: Draws) -> Draws:
+    """Draws made in those unknowns, in the model's own."""
+    w, log_volume = model.from_straight(draws.w.flatten(0, 2))
+    shape = draws.w.shape[:3]
+    return replace(draws, w=w.unflatten(0, shape), log_density=draws.log_density - log_volume.unflatten(0, shape))
 
 
 def begun(

@@ -3,6 +3,7 @@
 Every unknown is a standard normal w: first the named parameters, through their priors, then the latents of the source.
 Some are folded: the same at w and -w; search and chains keep to w >= 0.
 The log posterior is then -(|r(w)|^2 + |w|^2) / 2 up to a constant, with r the residuals in units of the noise.
+Chains may move in other unknowns of the source, whose prior is not normal: `LensModel.straight`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,22 @@ class LensModel:
         """The model of the same lenses with the source's sketch of so many components."""
         return LensModel(self.batch, self.priors, self.source.sketch(components), self.optics)
 
+    def straight(self) -> LensModel:
+        """The model of the same lenses in the unknowns in which chains move; itself where those are no others."""
+        source = self.source.straight()
+        return self if source is self.source else LensModel(self.batch, self.priors, source, self.optics)
+
+    def to_straight(self, w: Tensor) -> Tensor:
+        """Those unknowns [n, size] of w [n, size]."""
+        named, of_source = self.split(w)
+        return torch.cat([named, self.source.to_straight(of_source)], 1)
+
+    def from_straight(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """w [n, size] of those, and log |dw / dx| [n], float64."""
+        named, of_source = self.split(x)
+        w, log_volume = self.source.from_straight(of_source)
+        return torch.cat([named, w], 1), log_volume
+
     def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The unknowns of the named parameters and those of the source."""
         n = len(self.priors.free)
@@ -142,13 +159,16 @@ class LensModel:
             image = part.simulator.image(here, sources.take(part.places).of(here))
             residuals = (image - part.data) * part.weight
             chi2 = chi2.index_add(0, part.places, part.dark + residuals.double().square().sum((-2, -1)))
-        return -0.5 * (chi2 / temperature**2 + w.double().square().sum(-1))
+        named, of_source = self.split(w)
+        return self.source.log_prior(of_source) - 0.5 * (chi2 / temperature**2 + named.double().square().sum(-1))
 
-    def value_and_gradient(self, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(
+        self, w: Tensor, rows: Tensor | None = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Log posterior [n] and its gradient [n, size], by reverse mode, of all lenses or of those at `rows`."""
         w = w.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.log_density(w, rows=rows)
+            value = self.log_density(w, temperature, rows)
             (gradient,) = torch.autograd.grad(value.sum(), w)
         return value.detach(), gradient
 
@@ -239,9 +259,12 @@ class LensModel:
                 hessian[piece.places] = (jacobian.transpose(1, 2) @ jacobian).double()
         return chi2, gradient, hessian
 
-    def hessian(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
+    def hessian(self, w: Tensor, rows: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """Gauss-Newton Hessian [n, size, size] of minus the log posterior, float64, positive definite."""
-        return self.normal_equations(w, rows)[2] + torch.eye(self.size, dtype=torch.float64, device=w.device)
+        named, of_source = self.split(w)
+        prior = torch.diag_embed(torch.ones_like(w, dtype=torch.float64))
+        prior[:, named.shape[1] :, named.shape[1] :] = self.source.prior_curvature(of_source)
+        return self.normal_equations(w, rows)[2] / temperature**2 + prior
 
     def pyro_model(self) -> None:
         """The same model in Pyro, one plate of lenses: for reference inference and for tests of this class."""

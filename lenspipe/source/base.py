@@ -12,7 +12,7 @@ IMAGE_SIZE = 64  # side of the images that are learned from [px]; the least of a
 
 
 class Source(nn.Module):
-    """Images [n, m, m] of w [n, size], w ~ N(0, I); continuous in w, with derivatives nearly everywhere.
+    """Images [n, m, m] of w [n, size], w ~ N(0, I) or as `log_prior` says; derivatives nearly everywhere.
 
     A kind of source is one file with a subclass of this; it is built from its section of the settings alone or, where
     it is learned, from tensors that the stage `source` puts into its file. `prior.py` lists them.
@@ -26,6 +26,26 @@ class Source(nn.Module):
         """Images, and the lead whose centre of light they are placed by, [n, m, m] both; by default the same."""
         images = self(w)
         return images, images
+
+    def log_prior(self, w: Tensor) -> Tensor:
+        """Logarithm of the density of w [n, size], without a constant: [n], float64."""
+        return -0.5 * w.double().square().sum(-1)
+
+    def prior_curvature(self, w: Tensor) -> Tensor:
+        """What stands for the Hessian of minus that: [n, size, size], float64, positive definite."""
+        return torch.eye(w.shape[-1], dtype=torch.float64, device=w.device).expand(len(w), -1, -1)
+
+    def straight(self) -> Source:
+        """This source in other unknowns x [n, size], in which its images bend less, for chains; by default itself."""
+        return self
+
+    def to_straight(self, w: Tensor) -> Tensor:
+        """x [n, size] of w."""
+        return w
+
+    def from_straight(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """w [n, size] of x, and log |dw / dx| [n], float64."""
+        return x, x.new_zeros(len(x), dtype=torch.float64)
 
     def linearise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Images, and their derivatives with respect to w [n, size, m, m]; by forward mode."""

@@ -30,6 +30,14 @@ class GaussianLatent(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         return self.mean + w @ self.scale.T
 
+    def straight(self, w: Tensor) -> Tensor:
+        """w: z whitened by the covariance of the latents."""
+        return w
+
+    def bent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and 0 [n]: nothing is bent."""
+        return x, x.new_zeros(len(x))
+
     def normal(self, z: Tensor) -> Tensor:
         """The w of z."""
         return torch.linalg.solve_triangular(self.scale, (z - self.mean).T, upper=False).T
@@ -64,6 +72,15 @@ class FlowLatent(nn.Module):
     def normal(self, z: Tensor) -> Tensor:
         """The w of z."""
         return self.flow().transform(self.gaussian.normal(z))
+
+    def straight(self, w: Tensor) -> Tensor:
+        """f(w): z whitened by the covariance of the latents."""
+        return self.gaussian.normal(self(w))
+
+    def bent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The w whose f(w) is x [n, latents], and log |dw / dx| [n]."""
+        w, log_volume = self.flow().transform.call_and_ladj(x)
+        return w, log_volume
 
     def log_density(self, z: Tensor) -> Tensor:
         """log p(z) [n]."""

@@ -12,8 +12,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from lenspipe.config import Config, LearnedSource, SourceSettings, load_config
+from lenspipe.config import Config, Fit, LearnedSource, SourceSettings, load_config
 from lenspipe.errors import ConfigError, InputError
+from lenspipe.fit import chains, map_search
 from lenspipe.fit.batch import source_of
 from lenspipe.fit.derived import source_fluxes
 from lenspipe.fit.model import LensModel
@@ -180,6 +181,47 @@ def test_lenses_are_fitted_with_it(kind: str) -> None:
     _, gradient = model.value_and_gradient(w)
     expected = -(jacobian.transpose(1, 2) @ residuals[..., None])[..., 0] - w
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6 / NOISE**2)
+
+
+def test_straight_unknowns_are_the_same_source(kind: str) -> None:
+    """The same images, the same prior in other unknowns, and the curvature of their squares."""
+    source = made(kind)
+    straight, w = source.straight(), unknowns(source)
+    x = source.to_straight(w)
+    back, log_volume = source.from_straight(x)
+    torch.testing.assert_close(back, w)
+    torch.testing.assert_close(straight(x), source(w))
+    slopes = torch.stack([torch.autograd.functional.jacobian(partial(bent_alone, source), at) for at in x])
+    torch.testing.assert_close(log_volume, torch.linalg.slogdet(slopes)[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(straight.log_prior(x), source.log_prior(w) + log_volume)
+    torch.testing.assert_close(straight.prior_curvature(x), slopes.mT @ slopes)
+    assert (straight is source) == (kind != "flow")
+
+
+def bent_alone(source: Source, x: Tensor) -> Tensor:
+    """w [size] of straight unknowns x [size]."""
+    return source.from_straight(x[None])[0][0]
+
+
+def test_chains_in_straight_unknowns_end_in_those_of_the_model() -> None:
+    """Log densities are those of the model at the draws; the gradient that chains follow is that of theirs."""
+    batch = lens_batch()
+    model = LensModel(batch, PriorMap(Config().priors.expressions()), made("flow"), Optics())
+    start = 0.3 * torch.randn(3, model.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    w, value, converged = map_search.climb(model, start, 1.0, 30)
+    found = map_search.MapFit.of_one_start(w, value, model.hessian(w), converged)
+    settings = Fit(chains=2, warmup=20, draws=20, rounds=2, r_hat_max=1.0001, ess_min=1e9, path_length=1.0)
+    draws = chains.sample(model, found, settings, [torch.Generator().manual_seed(row) for row in range(3)], [0])
+    assert draws.w.shape == (3, 2, 20, model.size)
+    flat = draws.w.flatten(1, 2)
+    expected = torch.stack([model.log_density(at) for at in flat.unbind(1)], 1)
+    torch.testing.assert_close(draws.log_density.flatten(1), expected)
+    assert float(draws.acceptance.mean()) > 0.3
+    straight, x = model.straight(), model.to_straight(w)
+    assert straight is not model
+    step = 1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rise = straight.log_density(x + step) - straight.log_density(x - step)
+    torch.testing.assert_close(rise / 2, (straight.value_and_gradient(x)[1] * step).sum(1), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["residual", "pixel_grid"])
