@@ -657,6 +657,9 @@ class Fit(Section):
     )
     steps_per_temperature: Count = Field(4, description="greatest number of Gauss-Newton steps at each temperature")
     final_steps: Count = Field(60, description="greatest number of Gauss-Newton steps on all pixels")
+    explorations: int = Field(
+        0, ge=0, description="times that annealed chains look for a solution with more evidence, at most"
+    )
     adam_steps: Count = Field(10_000, description="steps of Adam, where it is the search; the paper's number")
     adam_learning_rate: Positive = Field(0.02, description="its first learning rate; it falls to zero")
     sampler: Literal["hmc", "pyro_nuts", "pyro_hmc", "svi_full_rank", "svi_low_rank"] = Field(

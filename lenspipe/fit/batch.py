@@ -20,7 +20,7 @@ import xarray as xr
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch
 from lenspipe.config import Config, load_config
-from lenspipe.fit import chains, derived, diagnostics, hmc, map_search, reference
+from lenspipe.fit import chains, derived, diagnostics, exploration, hmc, map_search, reference
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.parts import write_part
 from lenspipe.lens.coordinates import ellipticity
@@ -133,6 +133,7 @@ def fit_lenses(task: Task) -> xr.Dataset:
         found = SEARCHES[settings.search](model, settings, _generators(config.seed, "map", task.names))
         if not bool(torch.isfinite(found.log_density).all()):
             raise ArithmeticError("no start of the MAP search reached a finite log posterior")
+        found = exploration.explored(model, found, settings, _generators(config.seed, "explore", task.names))
     seconds_map = (time.perf_counter() - began) / len(task.names)
     generators = _generators(config.seed, "hmc", task.names)
     if settings.sampler == "hmc":

@@ -30,6 +30,8 @@ FURTHEST = 8.0  # bound of every unknown, in standard deviations of its prior
 class MapFit:
     """The best point of every lens, the highest of the basin with the most evidence, and what the search saw.
 
+    After an exploration the best is the one with the most evidence itself.
+
     w: [lens, size]; log_density: [lens]; hessian: [lens, size, size], Gauss-Newton, of minus the log posterior at w;
     converged: [lens]. basins_w, basins_log_density, basins_log_evidence: [lens, basin, size] and [lens, basin], the
     distinct solutions by falling evidence, which is Laplace's approximation; NaN where there are fewer.
