@@ -93,7 +93,7 @@ FLAGS = {
     "summary.residual_excess_max and summary.residual_significance allow: the model leaves light there",
     "map_not_converged": "the MAP search stopped before it converged, or a chain has come upon a higher point",
     "lone_start": "fewer starts of the MAP search than summary.starts_agreeing_min found the best solution: "
-    "there may be a better one",
+    "there may be a better one, or an exploration has found it",
     "rival_basin": "the MAP search found another solution whose evidence is within summary.evidence_lead_min of the "
     "best one's: the chains may not have seen it",
     "prior_edge": "most draws of a parameter are further out in its prior than summary.prior_depth_max: "
