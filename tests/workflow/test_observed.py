@@ -20,6 +20,7 @@ pytestmark = pytest.mark.workflow
 PRESET = ROOT / "workflow/presets/observed.yaml"
 QUICK = {"starts": 2, "survivors": 1, "scout_pixels": 32, "temperatures": [10.0], "settling_temperatures": [3.0, 1.0]}
 QUICK |= {"steps_per_temperature": 4, "final_steps": 8, "chains": 2, "warmup": 20, "draws": 20, "max_leapfrog_steps": 4}
+QUICK |= {"explorations": 1}
 
 
 @pytest.fixture(scope="module")
