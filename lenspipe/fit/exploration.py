@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.fit.hmc import Run, mean_over_chains
-from lenspipe.fit.map_search import SAME_BASIN, MapFit, climb, named_sd, separation
+from lenspipe.fit.map_search import SAME_BASIN, MapFit, climb, named_sd, pairs, separation
 from lenspipe.fit.model import LensModel
 
 TEMPERATURES = (4.0, 2.0)  # factors on the noise at which chains move
@@ -31,11 +31,10 @@ def explored(model: LensModel, found: MapFit, settings: Fit, generators: list[to
     for _ in range(settings.explorations):
         if not len(rows):
             break
-        before = found.basins_log_evidence[rows, 0]
-        part, own = model.take(rows), [generators[row] for row in rows.tolist()]
-        better = compared(part, chosen(found, rows), *ends(part, chosen(found, rows), settings, own))
+        part, before = model.take(rows), chosen(found, rows)
+        better = compared(part, before, *ends(part, before, settings, [generators[row] for row in rows.tolist()]))
         found = replaced(found, rows, better)
-        rows = rows[better.basins_log_evidence[:, 0] - before > GAIN]
+        rows = rows[better.basins_log_evidence[:, 0] - before.basins_log_evidence[:, 0] > GAIN]
     return climbed_on(model, found) if settings.explorations else found
 
 
@@ -96,10 +95,7 @@ def compared(model: LensModel, found: MapFit, w: Tensor, value: Tensor, hessian:
     rivals = torch.where(there, -torch.inf, evidence)
     second = rivals.argmax(1)
     alone = rivals.amax(1) == -torch.inf
-    both = lenses[:, None], torch.stack([first, second], 1)
-    basins = [field[both] for field in (ended, reached, evidence)]
-    for field in basins:
-        field[alone, 1] = torch.nan
+    basins = pairs(first, second, alone, ended, reached, evidence)
     now = torch.full_like(ended[..., 0], -1, dtype=torch.long)  # [lens, solution], the basin each is in now
     now[there] = 0
     now[lenses[~alone], second[~alone]] = 1

@@ -221,10 +221,8 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     first = torch.where(there & climbed, reached, -torch.inf).argmax(1)
     second = torch.where(there, -torch.inf, evidence).argmax(1)
     alone = ~(climbed & ~there).any(1)
-    both = lenses[:, None], torch.stack([first, second], 1)
-    basins = [field[both] for field in (ended, reached, evidence)]
-    for field in basins:
-        field[alone, 1] = torch.nan
+    basins = pairs(first, second, alone, ended, reached, evidence)
+    (spreads,) = pairs(first, second, alone, sd)
     return MapFit(
         w=ended[lenses, first],
         log_density=reached[lenses, first],
@@ -234,9 +232,18 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
         basins_log_density=basins[1],
         basins_log_evidence=basins[2],
         start_log_density=value,
-        start_basin=basin_of(model, w, origin_sd, ended, climbed, basins[0], sd[both]),
+        start_basin=basin_of(model, w, origin_sd, ended, climbed, basins[0], spreads),
         start_count=torch.ones_like(value, dtype=torch.long),
     )
+
+
+def pairs(first: Tensor, second: Tensor, alone: Tensor, *fields: Tensor) -> list[Tensor]:
+    """Of fields [lens, solution, ...] what the first and the second solution have; NaN for the second where `alone`."""
+    both = torch.arange(len(first), device=first.device)[:, None], torch.stack([first, second], 1)
+    chosen = [field[both] for field in fields]
+    for field in chosen:
+        field[alone, 1] = torch.nan
+    return chosen
 
 
 def apart(model: LensModel, w: Tensor, value: Tensor, gap: float) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,7 @@ class LensModel:
     def value_and_gradient(
         self, w: Tensor, rows: Tensor | None = None, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log posterior [n] and its gradient [n, size], by reverse mode, of all lenses or of those at `rows`."""
+        """`log_density` [n] and its gradient [n, size], by reverse mode."""
         w = w.detach().requires_grad_()
         with torch.enable_grad():
             value = self.log_density(w, temperature, rows)
@@ -260,7 +260,7 @@ class LensModel:
         return chi2, gradient, hessian
 
     def hessian(self, w: Tensor, rows: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Gauss-Newton Hessian [n, size, size] of minus the log posterior, float64, positive definite."""
+        """Gauss-Newton Hessian [n, size, size] of minus `log_density`, float64, positive definite."""
         named, of_source = self.split(w)
         prior = torch.diag_embed(torch.ones_like(w, dtype=torch.float64))
         prior[:, named.shape[1] :, named.shape[1] :] = self.source.prior_curvature(of_source)
