@@ -119,7 +119,8 @@ DefMemPerCPU=500
 MinJobAge=600
 KillWait=3
 SlurmctldTimeout=30
-SlurmdTimeout=15
+# a busy machine may stop a daemon for long; tests that lose a node set it down themselves
+SlurmdTimeout=120
 ReturnToService=2
 SchedulerParameters=bf_interval=2,sched_min_interval=100000
 PriorityType=priority/basic

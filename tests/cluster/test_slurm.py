@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -64,13 +65,25 @@ def empty_queue() -> Iterator[None]:
         slurm("scancel", "--state=RUNNING", f"--user={getpass.getuser()}")
 
 
-def until(true: Callable[[], object], seconds: float) -> object:
-    """What `true` returns as soon as it is true; fails when it does not become so."""
+def until(true: Callable[[], object], seconds: float, run: Run | None = None) -> object:
+    """What `true` returns as soon as it is true; fails when it does not become so, or when the run ends before."""
     end = time.monotonic() + seconds
     while not (found := true()):
-        assert time.monotonic() < end, f"not within {seconds} s"
+        ended = run is not None and run.process.poll() is not None
+        if ended or time.monotonic() > end:
+            why = "the run ended before" if ended else f"not within {seconds} s"
+            pytest.fail("\n".join([why, queue(), run.said() if run else ""]))
         time.sleep(0.2)
     return found
+
+
+def queue() -> str:
+    """SLURM's jobs and nodes, and the last that its daemons wrote."""
+    logs = sorted((Path(os.environ["SLURM_CONF"]).parents[1] / "log").glob("slurm*.log"))
+    last = [f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:]) for path in logs]
+    asked = (["squeue", "--long", "--states=all"], ["sinfo", "--long", "--Node"])
+    answers = [subprocess.run(command, capture_output=True, text=True, check=False).stdout for command in asked]
+    return "\n".join([*answers, *last])
 
 
 @pytest.fixture
@@ -92,22 +105,31 @@ def before_the_fits(finished: Path, to: Path) -> Path:
     return Path(shutil.copytree(finished, to, ignore=shutil.ignore_patterns(*FITS, "logs")))
 
 
-def start(directory: Path, *arguments: str, config: Path = TINY) -> subprocess.Popen[str]:
-    """Begin the workflow in a folder; with the SLURM profile, but for the time between looks at its jobs."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(directory)]
-    command += ["--configfile", str(config), "--latency-wait", "20", *arguments]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment(), **output)  # type: ignore[call-overload]
+@dataclass
+class Run:
+    """A workflow that runs in a folder of its own; what it says goes to a file there."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+
+    @classmethod
+    def start(cls, directory: Path, *arguments: str, config: Path = TINY) -> Run:
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+        command += ["--directory", str(directory), "--configfile", str(config), "--latency-wait", "20", *arguments]
+        with (directory / "said").open("wb") as said:
+            return cls(subprocess.Popen(command, env=environment(), stdout=said, stderr=subprocess.STDOUT), directory)
+
+    def said(self) -> str:
+        """What it and its jobs said."""
+        logs = [*self.directory.rglob("results/logs/**/*.log"), *self.directory.parent.glob("workers/*")]
+        return "\n".join(f"{path}:\n{path.read_text()}" for path in [self.directory / "said", *logs])
+
+    def finished(self) -> None:
+        """Wait for a run that must succeed."""
+        assert self.process.wait(timeout=1200) == 0, self.said()
 
 
 PROFILE = ("--profile", str(ROOT / "workflow/profiles/slurm"), "--slurm-init-seconds-before-status-checks", "1")
-
-
-def finished(process: subprocess.Popen[str], directory: Path) -> None:
-    """Wait for a run that must succeed."""
-    said, _ = process.communicate(timeout=1200)
-    logs = "".join(f"\n{path}:\n{path.read_text()}" for path in directory.rglob("results/logs/**/*.log"))
-    assert process.returncode == 0, said + logs
 
 
 def assert_same_numbers(run: Path, reference: Path) -> None:
@@ -125,8 +147,7 @@ def test_the_workflow_through_the_profile(stages: str, tiny_run: Path, tmp_path:
         before_the_fits(tiny_run, run)
     else:
         run.mkdir()
-    process = start(run, *PROFILE, *([SUMMARY] if stages == "fits" else []))
-    finished(process, run)
+    Run.start(run, *PROFILE, *([SUMMARY] if stages == "fits" else [])).finished()
     assert_same_numbers(run, tiny_run)
     log = (run / "results/logs/fit/shard-0000/0000.log").read_text()
     assert re.search(r"begins on \S+, process \d+, SLURM job \d+", log)
@@ -158,11 +179,11 @@ def test_a_worker_job_is_cancelled(site: Callable[..., Cluster], tiny_run: Path,
     run = before_the_fits(tiny_run, tmp_path / "run")
     config = yaml.safe_load(TINY.read_text()) | {"cluster": site().model_dump(mode="json")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    process = start(run, "--cores", "2", SUMMARY, config=tmp_path / "config.yaml")
+    workflow = Run.start(run, "--cores", "2", SUMMARY, config=tmp_path / "config.yaml")
     log = run / "results/logs/fit/shard-0000/0000.log"
-    job = until(lambda: log.exists() and re.search(r"SLURM job (\d+)", log.read_text()), 300)
+    job = until(lambda: log.exists() and re.search(r"SLURM job (\d+)", log.read_text()), 300, workflow)
     slurm("scancel", job[1])  # type: ignore[index]
-    finished(process, run)
+    workflow.finished()
     assert log.read_text().count("begins") == 2, "the batch was cut off and fitted again"
     assert_same_numbers(run, tiny_run)
 
@@ -196,10 +217,10 @@ def test_a_node_is_lost(processes: str, tiny_run: Path, tmp_path: Path, lose: Ca
     Where the job's processes live on, frozen until the job has begun again elsewhere, both fit and write the shard.
     """
     run = before_the_fits(tiny_run, tmp_path / "run")
-    process = start(run, *PROFILE, SUMMARY)
+    workflow = Run.start(run, *PROFILE, SUMMARY)
     log = run / "results/logs/fit/shard-0000/0000.log"
     begun = r"begins on \S+, process (\d+), SLURM job (\d+)"
-    found = until(lambda: log.exists() and re.search(begun, log.read_text()), 300)
+    found = until(lambda: log.exists() and re.search(begun, log.read_text()), 300, workflow)
     worker, job = (int(number) for number in found.groups())  # type: ignore[attr-defined]
     node = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
     family = [psutil.Process(worker), *psutil.Process(worker).parents()[:1]]
@@ -207,10 +228,10 @@ def test_a_node_is_lost(processes: str, tiny_run: Path, tmp_path: Path, lose: Ca
         family[0].suspend()
     lose(node, processes == "living_on")
     if processes == "living_on":
-        until(lambda: len(re.findall(begun, log.read_text())) == 2, 300)
+        until(lambda: len(re.findall(begun, log.read_text())) == 2, 300, workflow)
         assert all(one.is_running() for one in family)
         family[0].resume()
-    finished(process, run)
+    workflow.finished()
     _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive
     assert_same_numbers(run, tiny_run)
