@@ -773,6 +773,11 @@ class Summary(Section):
         description="greatest median |w| of a named parameter, w standard normal under the prior; beyond 3.3 lies "
         "0.1 % of the prior, and so one of 12 parameters in 1.2 % of the lenses that the prior does describe",
     )
+    ray_chi2_max: Positive = Field(
+        25.0,
+        description="greatest chi^2 between the lensed source and the same with twice the rays a pixel side; 25 are "
+        "five standard deviations where all of it falls on one parameter",
+    )
     magnification_min: float = Field(
         2.0,
         ge=0,

@@ -50,6 +50,7 @@ AS_STORED = (
     "log_evidence",
     "prior_depth",
     "prior_depth_of",
+    "ray_chi2",
     "seconds",
 )
 TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of", "image_unit", "notes")
@@ -271,6 +272,7 @@ def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
         "lone_start": row["starts_agreeing"] >= min(settings.starts_agreeing_min, row["starts"]),
         "rival_basin": row["evidence_lead"] >= settings.evidence_lead_min,
         "prior_edge": row["prior_depth"] <= settings.prior_depth_max,
+        "rays": row["ray_chi2"] <= settings.ray_chi2_max,
         "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
         "no_arcs": row["arc_snr"] >= settings.arc_snr_min
         and not row.get("first_arc_snr", np.nan) < settings.first_arc_snr_min,

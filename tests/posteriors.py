@@ -20,6 +20,7 @@ DIAGNOSTICS += (
     "evidence_lead",
     "log_evidence",
     "prior_depth",
+    "ray_chi2",
     "log_density_map",
     "step_size",
     "einstein_radius_map",

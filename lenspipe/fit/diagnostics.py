@@ -6,12 +6,15 @@ Each is a function of plain arrays; `variables` gathers them for the store. What
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 from scipy.stats import chi2 as chi2_distribution
 from torch import Tensor
+from torch.nn import functional
 
 from lenspipe.fit.hmc import Draws
 from lenspipe.fit.map_search import MapFit
@@ -42,6 +45,7 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
         "residual_excess_error": ("lens", error),
         "prior_depth": ("lens", depth),
         "prior_depth_of": ("lens", parameter),
+        "ray_chi2": ("lens", ray_chi2(model, found.w)),
         "start_basin": (("lens", "start"), found.start_basin.numpy()),
         "basin_log_density": (("lens", "basin"), found.basins_log_density.numpy()),
         "basin_log_evidence": (("lens", "basin"), evidence),
@@ -66,6 +70,15 @@ def predictive_p(chi2: NDArray, pixels: NDArray) -> NDArray:
     """
     flat = chi2.reshape(len(chi2), -1)
     return chi2_distribution.sf(flat, pixels[:, None]).mean(1)
+
+
+def ray_chi2(model: LensModel, w: Tensor) -> NDArray:
+    """chi^2 [lens] between the lensed sources at w [lens, size] and the same with twice as many rays a pixel side."""
+    finer = replace(model.optics, supersampling=2 * model.optics.supersampling)
+    finer_rays = LensModel(model.batch, model.priors, model.source, finer).source_rays(w)
+    change = functional.avg_pool2d(finer_rays, 2) - model.source_rays(w)
+    seen = model.simulator.observe(change[:, None])[:, 0] * model.weight
+    return seen.double().square().sum((-2, -1)).numpy()
 
 
 def mean_residual_correlation(model: LensModel, w: Tensor) -> tuple[NDArray, NDArray, NDArray]:
@@ -132,7 +145,7 @@ def block_sums(field: NDArray) -> NDArray:
 
 
 def starts_agreeing(start_basin: NDArray, start_count: NDArray) -> NDArray:
-    """How many starts ended in the best basin, the one numbered 0; each [lens, start] stands for `start_count`."""
+    """How many starts ended in the best basin, or led to it, the one numbered 0; each stands for `start_count`."""
     return np.where(start_basin == 0, start_count, 0).sum(1)
 
 

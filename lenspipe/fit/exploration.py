@@ -79,7 +79,8 @@ def compared(model: LensModel, found: MapFit, w: Tensor, value: Tensor, hessian:
 
     The second is that with the most evidence elsewhere, new or old.
 
-    A start whose basin is now another's is in that, one whose basin is no longer among the two in none.
+    A start that found the first solution has led to the new first one; another is in no basin where its own is no
+    longer among the two.
     """
     lenses, old = torch.arange(len(w), device=w.device), found.basins_w.shape[1]
     ended = torch.cat([found.basins_w, w], 1)
@@ -97,8 +98,9 @@ def compared(model: LensModel, found: MapFit, w: Tensor, value: Tensor, hessian:
     alone = rivals.amax(1) == -torch.inf
     basins = pairs(first, second, alone, ended, reached, evidence)
     now = torch.full_like(ended[..., 0], -1, dtype=torch.long)  # [lens, solution], the basin each is in now
-    now[there] = 0
     now[lenses[~alone], second[~alone]] = 1
+    now[there] = 0
+    now[:, 0] = 0  # from there the chains began
     start_basin = torch.where(found.start_basin < 0, -1, now.gather(1, found.start_basin.clamp(min=0)))
     return replace(
         found,

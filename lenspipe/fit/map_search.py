@@ -36,8 +36,8 @@ class MapFit:
     converged: [lens]. basins_w, basins_log_density, basins_log_evidence: [lens, basin, size] and [lens, basin], the
     distinct solutions by falling evidence, which is Laplace's approximation; NaN where there are fewer.
     start_log_density: [lens, survivor], where the surviving scouts ended before the last climb; start_basin: [lens,
-    survivor], the basin each ended in or where the climb to it began, -1 for those left behind; start_count: [lens,
-    survivor], how many scouts were dropped on the way because they were like this one, and itself.
+    survivor], the basin each ended in or where the climb or the exploration to it began, -1 for those left behind;
+    start_count: [lens, survivor], how many scouts were dropped on the way because they were like this one, and itself.
     """
 
     w: Tensor

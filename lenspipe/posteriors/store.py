@@ -13,13 +13,14 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `critical_curve, caustic` at the MAP ["], NaN where rays from the centre cross it more or less than once | ... |
 | `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
 | `source_half_light_radius, einstein_radius` ["], of the same draws | lens, sample |
-| `start_log_density`; `start_basin`, the basin that a start ended in, 0 the best, -1 none | lens, start |
+| `start_log_density`; `start_basin`, the basin that a start ended in or led to by an exploration, 0 the best, -1 none | lens, start |
 | `basin_log_density`, `basin_log_evidence` (Laplace), best first, NaN where there are fewer | lens, basin |
 | `basin_parameters`, the same solutions' parameters in the order of `parameter_names` | lens, basin, parameter |
 | `basin_w`, the unknowns of each solution (standard normal) | lens, basin, unknown |
 | `predictive_p`, `residual_correlation`, `residual_excess` and its `_error`, `starts, starts_agreeing` | lens |
 | `draws_above_map`, `evidence_lead`, `log_evidence` [nat] but for a constant of the data | lens |
 | `prior_depth`, the greatest median of a named unknown's size; `prior_depth_of`, whose | lens |
+| `ray_chi2`, chi^2 between the lensed source and the same with twice as many rays a pixel side | lens |
 | `model_map, model_mean, model_sd`; `light_map`, the lens galaxy alone (image units) | lens, y, x |
 | `source_map, source_mean, source_sd` (image units) | lens, source_row, source_column |
 | `source_frame`: x and y of the centre and the full width of those three ["] | lens, frame |

@@ -92,12 +92,14 @@ FLAGS = {
     "residuals": "neighbouring residuals correlate on the arcs more than elsewhere, by more than "
     "summary.residual_excess_max and summary.residual_significance allow: the model leaves light there",
     "map_not_converged": "the MAP search stopped before it converged, or a chain has come upon a higher point",
-    "lone_start": "fewer starts of the MAP search than summary.starts_agreeing_min found the best solution: "
-    "there may be a better one, or an exploration has found it",
+    "lone_start": "fewer starts of the MAP search than summary.starts_agreeing_min found the best solution, or that "
+    "from which an exploration led to it: there may be a better one",
     "rival_basin": "the MAP search found another solution whose evidence is within summary.evidence_lead_min of the "
     "best one's: the chains may not have seen it",
     "prior_edge": "most draws of a parameter are further out in its prior than summary.prior_depth_max: "
     "the prior may not hold for this lens",
+    "rays": "twice the rays a pixel side change the lensed source by more chi² than summary.ray_chi2_max: "
+    "it has more detail than the rays see; raise lens.supersampling",
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
     "no_arcs": "the lensed source has less signal-to-noise than summary.arc_snr_min, or what was seen before the fit "
     "less than summary.first_arc_snr_min: there may be no arcs",
@@ -386,6 +388,7 @@ def diagnostics_table(row: dict[str, Any], statistics: Any, found: Any) -> Table
             f"{number(row, 'starts_agreeing', '.0f')} of {number(row, 'starts', '.0f')}",
         ],
         [f"furthest out in its prior: {row['prior_depth_of'] or 'none'}", number(row, "prior_depth", ".1f") + " σ"],
+        ["χ² of twice as many rays a pixel side", number(row, "ray_chi2", ".1f")],
         ["seconds, MAP and draws", number(row, "seconds", ".1f")],
         ["total magnification", within_error(row, "magnification")],
         ["images of the source's centre, at the MAP", number(row, "images_map", ".0f")],

@@ -50,8 +50,8 @@ def ended(*ends: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     [
         ([(0.5, -1.0), (1.0, -2.0)], (0.0, 0.0), (20.0, -50.0), [0, 1, -1]),  # none is better: all as it was
         ([(0.5, 9.0), (1.0, -2.0)], (0.5, 9.0), (20.0, -50.0), [0, 1, -1]),  # a better one in the same basin
-        ([(9.0, 9.0), (8.0, -2.0)], (9.0, 9.0), (0.0, 0.0), [1, -1, -1]),  # elsewhere: the old one is its rival
-        ([(19.0, 9.0), (40.0, 8.0)], (19.0, 9.0), (40.0, 8.0), [-1, 0, -1]),  # and where the second was, a new rival
+        ([(9.0, 9.0), (8.0, -2.0)], (9.0, 9.0), (0.0, 0.0), [0, -1, -1]),  # elsewhere: the old one is its rival
+        ([(19.0, 9.0), (40.0, 8.0)], (19.0, 9.0), (40.0, 8.0), [0, 0, -1]),  # and where the second was, a new rival
     ],
 )
 def test_solutions_are_compared_by_their_evidence(

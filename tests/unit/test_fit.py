@@ -469,6 +469,22 @@ def test_diagnostics_of_a_fit(model: tuple[LensModel, Tensor]) -> None:
     assert parameter.tolist() == [lens_model.priors.free[i] for i in named.argmax(1)]
 
 
+def test_what_twice_the_rays_change(model: tuple[LensModel, Tensor]) -> None:
+    """As whole images do; a quarter of it in brightness where there are twice as many already, PSF fine or coarse."""
+    lens_model, truth = model
+
+    def with_rays(rays: int, of_the_psf: int = 1) -> LensModel:
+        psf = torch.from_numpy(gaussian_kernel(1.0 * of_the_psf)).expand(3, -1, -1)
+        optics = Optics(TABLE, supersampling=rays, psf_supersampling=of_the_psf)
+        return LensModel(replace(lens_model.batch, psf=psf), lens_model.priors, lens_model.source, optics)
+
+    one, two, fine = (diagnostics.ray_chi2(with_rays(*rays), truth) for rays in ((1,), (2,), (2, 2)))
+    change = with_rays(2).residuals(truth) - with_rays(1).residuals(truth)
+    np.testing.assert_allclose(one, change.square().sum((1, 2)).numpy(), rtol=1e-9)
+    np.testing.assert_allclose(two, one / 16, rtol=0.3)
+    np.testing.assert_allclose(fine, two, rtol=0.3)
+
+
 def gaussian_target(precision: Tensor, mean: Tensor) -> hmc.Target:
     def target(w: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         offset = w - mean
