@@ -13,7 +13,7 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `critical_curve, caustic` at the MAP ["], NaN where rays from the centre cross it more or less than once | ... |
 | `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
 | `source_half_light_radius, einstein_radius` ["], of the same draws | lens, sample |
-| `start_log_density`; `start_basin`, the basin that a start ended in or led to by an exploration, 0 the best, -1 none | lens, start |
+| `start_log_density`; `start_basin`, where a start or an exploration from it ended, 0 the best, -1 none | lens, start |
 | `basin_log_density`, `basin_log_evidence` (Laplace), best first, NaN where there are fewer | lens, basin |
 | `basin_parameters`, the same solutions' parameters in the order of `parameter_names` | lens, basin, parameter |
 | `basin_w`, the unknowns of each solution (standard normal) | lens, basin, unknown |
