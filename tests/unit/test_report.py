@@ -8,16 +8,10 @@ import pytest
 
 from lenspipe.galaxies.dataset import evenly
 from lenspipe.report import figures
-from lenspipe.report.page import (
-    cuts_table,
-    decimals,
-    near,
-    pulls,
-    pulls_table,
-    results_section,
-    starts_table,
-    within_error,
-)
+from lenspipe.report.lens import starts_table
+from lenspipe.report.page import cuts_table, results_section
+from lenspipe.report.recovery import near, pulls, pulls_table
+from lenspipe.report.table import decimals, within_error
 
 
 def lens(name: str, status: str = "ok", **values: float) -> dict[str, object]:

@@ -21,7 +21,7 @@ from astropy.io import fits
 from astropy.table import Table
 
 from lenspipe import artefact, open_posteriors, posterior
-from lenspipe.report.page import run_section
+from lenspipe.report.run import run_section
 from lenspipe.results import Results
 from tests.conftest import ROOT, TINY, environment, snakemake
 
