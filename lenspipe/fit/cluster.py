@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -21,17 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import get_ident
+from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
 import dask
-import yaml
 from dask.distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 from dask.utils import parse_bytes
 from distributed.comm import CommClosedError
 from distributed.security import Security
 
-from lenspipe.config import Cluster, expand_path
-from lenspipe.errors import ClusterError, ConfigError
+from lenspipe.config import Cluster
+from lenspipe.errors import ClusterError
 
 log = logging.getLogger("lenspipe")
 
@@ -246,7 +244,7 @@ def side_by_side(where: Cluster, workers: int | None = None) -> int:
 def worker_memory(where: Cluster, workers: int) -> float:
     """Bytes that one of the workers may use: of its GPU, its share of the machine or SLURM job, its own SLURM job."""
     if where.kind == "slurm":
-        job = site_settings(where)["jobqueue"]["slurm"]
+        job = slurm_jobs().site_settings(where)["jobqueue"]["slurm"]
         return parse_bytes(job["memory"]) / (job["processes"] or 1)
     if where.kind == "address":
         with connected(where, 1) as client:
@@ -273,19 +271,23 @@ def connected(where: Cluster, workers: int) -> Iterator[Client]:
         # a thread of glibc's own arenas gives all large tensors back: see `keep_freed_memory`
         "distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": 1,
     }
-    with (
-        dask.config.set(site_settings(where) if where.kind == "slurm" else {}),
-        dask.config.set(settings),
-        slurm_cluster(where) if where.kind == "slurm" else local_cluster(workers) as cluster,
-        Client(cluster) as client,
-    ):
+    if where.kind == "slurm":
+        with dask.config.set(settings), slurm_jobs().workers(where) as client:
+            yield client
+        return
+    with dask.config.set(settings), local_cluster(workers) as cluster, Client(cluster) as client:
         say(f"dashboard: {client.dashboard_link}")
-        if where.kind == "slurm":
-            _first_worker(client, cluster, where)
-            cluster.adapt(minimum_jobs=where.jobs_min, maximum_jobs=where.jobs_max)
-        else:
-            client.wait_for_workers(workers)
+        client.wait_for_workers(workers)
         yield client
+
+
+def slurm_jobs() -> ModuleType:
+    """The module of workers that are jobs of SLURM. Raises ClusterError where what it needs is not installed."""
+    try:
+        from lenspipe.fit import slurm
+    except ImportError:
+        raise ClusterError("cluster.kind slurm needs dask-jobqueue; pip install 'lenspipe[cluster]'") from None
+    return slurm
 
 
 def _client_of(where: Cluster) -> Client:
@@ -331,69 +333,6 @@ def nannies(devices: Sequence[str], workers: int) -> dict[int, dict[str, Any]]:
         }
         for number, name in enumerate(devices[:workers])
     }
-
-
-def site_settings(where: Cluster) -> dict[str, Any]:
-    """What the site's file says, over Dask's own settings: SLURM's partition, memory, time of a worker's job."""
-    path = expand_path(where.site)
-    shipped = Path(__file__).parents[2] / where.site
-    if not path.is_file() and shipped.is_file():
-        path = shipped
-    if not path.is_file():
-        raise ConfigError(
-            f"cluster.site: {path.resolve()}: no such file; it says what a SLURM job of a worker asks for"
-        )
-    try:
-        import dask_jobqueue  # noqa: F401  its defaults, which the site's settings go over
-    except ImportError:
-        raise ClusterError("cluster.kind slurm needs dask-jobqueue; pip install 'lenspipe[cluster]'") from None
-    site = yaml.safe_load(path.read_text())
-    if not isinstance(site, dict) or "slurm" not in site.get("jobqueue", {}):
-        raise ConfigError(f"cluster.site: {path}: expected the section jobqueue.slurm, found {str(site)[:80]}")
-    return {key: dask.config.merge(dask.config.get(key, {}), value) for key, value in site.items()}
-
-
-def slurm_cluster(where: Cluster) -> Any:
-    """A scheduler in this process, whose workers are jobs of SLURM; asks sbatch whether it would take such a job."""
-    from dask_jobqueue import SLURMCluster
-
-    if not shutil.which("sbatch"):
-        raise ClusterError("cluster.kind is slurm, but there is no sbatch here; run where jobs can be submitted from")
-    cluster = SLURMCluster(scheduler_cls=Queue, silence_logs=logging.ERROR)
-    asked = subprocess.run(
-        ["sbatch", "--test-only"], input=cluster.job_script(), capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
-        cluster.close()
-        raise ClusterError(f"SLURM refuses a worker's job: {' '.join(asked.stderr.split())}; mend {where.site}")
-    return cluster
-
-
-def _first_worker(client: Client, cluster: Any, where: Cluster) -> None:
-    """Wait for the first worker, however long SLURM's queue is; give up when its jobs end without having become one.
-
-    Later jobs are asked for by Dask as needed, again and again: a mistake in the site's file has to be found before.
-    """
-    cluster.scale(jobs=max(1, where.jobs_min))
-    say("waiting for the first worker from SLURM")
-    submitted: set[str] = set()
-    while not client.nthreads():
-        time.sleep(POLL)
-        submitted |= {job.job_id for job in cluster.workers.values() if job.job_id}
-        if submitted and not in_queue(submitted) and not client.nthreads():
-            folder = dask.config.get("jobqueue.slurm.log-directory", None)
-            raise ClusterError(
-                f"the SLURM jobs {', '.join(sorted(submitted))} ended without becoming workers; see their output in "
-                f"{folder or os.getcwd()}, and mend {where.site}"
-            )
-
-
-def in_queue(jobs: set[str]) -> bool:
-    """Whether SLURM still has one of the jobs, waiting or running."""
-    states = "--states=PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED"
-    command = ["squeue", "--noheader", "--format=%A", states]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    return asked.returncode != 0 or bool(jobs & set(asked.stdout.split()))
 
 
 def say(text: str) -> None:

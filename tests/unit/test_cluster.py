@@ -1,4 +1,4 @@
-"""The fan-out of batches: what becomes of workers that die, of errors, of GPUs; the job that SLURM would get."""
+"""The fan-out of batches: what becomes of workers that die, of errors, of GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lenspipe import memory
 from lenspipe.config import Cluster
-from lenspipe.errors import ClusterError, ConfigError, InputError
+from lenspipe.errors import ClusterError, InputError
 from lenspipe.fit import cluster
 from lenspipe.fit.batch import Task as FitTask
 from lenspipe.fit.batch import fit_task
@@ -209,36 +209,6 @@ def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"),
     ):
         outcome(batches("a"), fitted, Cluster(kind="address", address="tcp://127.0.0.1:9"))
-
-
-def test_the_job_that_slurm_gets() -> None:
-    """From the site's file: partition, processors, memory, time, a place for its output."""
-    pytest.importorskip("dask_jobqueue")
-    from dask_jobqueue import SLURMCluster
-
-    where = Cluster(kind="slurm")
-    with dask.config.set(cluster.site_settings(where)), SLURMCluster() as slurm:
-        script = slurm.job_script()
-        assert dask.config.get("distributed.scheduler.worker-ttl") == "5 minutes"
-        assert dask.config.get("distributed.scheduler.bandwidth") == 100_000_000  # Dask's own stay
-    for line in ("-J lenspipe-fit", "-n 1", "--cpus-per-task=1", "--mem=3G", "-t 04:00:00"):
-        assert f"#SBATCH {line}\n" in script, script
-    command = script.splitlines()[-1]
-    assert command.startswith(f"{sys.executable} -m distributed.cli.dask_worker tcp://")
-    for option in ("--nthreads 1", "--nanny", "--death-timeout", "--lifetime "):
-        assert option in command
-
-
-def test_a_site_file_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "site.yaml").write_text("jobqueue: {slurm: {queue: long, cores: 2, memory: 4GB}}\n")
-    settings = cluster.site_settings(Cluster(kind="slurm", site=str(tmp_path / "site.yaml")))
-    assert settings["jobqueue"]["slurm"]["queue"] == "long"
-    assert settings["jobqueue"]["slurm"]["death-timeout"] == 60  # what the file leaves out is dask-jobqueue's own
-    with pytest.raises(ConfigError, match=r"cluster.site: .*absent.yaml: no such file"):
-        cluster.site_settings(Cluster(site=str(tmp_path / "absent.yaml")))
-    (tmp_path / "site.yaml").write_text("slurm: {queue: long}\n")
-    with pytest.raises(ConfigError, match=r"site.yaml: expected the section jobqueue.slurm, found \{'slurm'"):
-        cluster.site_settings(Cluster(site=str(tmp_path / "site.yaml")))
 
 
 def test_progress_of_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
