@@ -56,7 +56,11 @@ class Fit(Section):
     )
     r_hat_max: float = Field(1.05, gt=1, description="gate: greatest R-hat of the lens parameters")
     ess_min: float = Field(100, ge=0, description="gate: least effective sample size of them, bulk and tail")
-    path_length: Positive = Field(3.0, description="mean trajectory length in whitened coordinates")
+    path_length: Positive = Field(
+        3.0,
+        description="least mean trajectory length in whitened coordinates; where draws have a greater standard "
+        "deviation along any direction, that is the mean",
+    )
     max_leapfrog_steps: int = Field(32, ge=1, le=1024, description="greatest number of leapfrog steps of one draw")
     svi_steps: Count = Field(2000, description="steps of variational inference, where it is the sampler")
     svi_learning_rate: Positive = Field(0.01, description="its first learning rate; it falls to a hundredth")

@@ -139,6 +139,7 @@ def begun(
         draws=settings.draws * 2 ** (number - 1),
         begin=places[:, :, -1],
         step=torch.cat([draws.step_size for draws in before]),
+        seen=places.transpose(1, 2),
         folded=folded,
     )
 

@@ -3,8 +3,9 @@
 Coordinates are whitened by the Gauss-Newton Hessian H: w = w_map + L^-T u with H = L L^T; at first H is the one at the
 maximum, then, three times during the warm-up, the mean over the places where the chains have been, eighteen each in the
 end: a trajectory meets the curvature of the whole posterior, not of its top. The step size of a lens is tuned by dual
-averaging over its chains (Hoffman & Gelman 2014, algorithm 5); a trajectory's length is drawn anew for every draw, the
-same for all chains of a lens.
+averaging over its chains (Hoffman & Gelman 2014, algorithm 5). A trajectory's length is drawn anew for every draw, the
+same for all chains of a lens; where the posterior is a bent valley, much longer than its curvature tells, its mean is
+the standard deviation along the valley, as the chains have seen it.
 
 Where the target is the same at w and -w of some unknowns, trajectories keep to w >= 0: at 0 they are reflected, which
 changes neither energies nor volumes (Afshar & Domke 2015).
@@ -23,7 +24,7 @@ from lenspipe.config import Fit
 
 Target = Callable[..., tuple[Tensor, Tensor]]  # of w [n, size] and, where it is not of all rows, of their numbers [n]
 STEP_STATE = ("log_step", "anchor", "error", "averaged")  # tensors of a step size
-OWN_STATE = ("hessian", "curved", "moments", "u", "value", "gradient")  # tensors of a run
+OWN_STATE = ("hessian", "curved", "seen", "length", "u", "value", "gradient")  # tensors of a run
 ALL = slice(None)
 PLACES = 18  # of each chain over which Hessians are averaged for the last metric
 REFLECTIONS = 50  # in one leapfrog step; a trajectory that has more is not accepted
@@ -134,7 +135,8 @@ class Run:
     hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
     size] at w, for the refreshed metric; none keeps `hessian`; folded: unknowns whose sign the target does not see, at
     or above 0 in `center` and `begin`. Chains begin at `begin` [lens, chain, size] and with `step` [lens], or at draws
-    from the Gaussian of center and hessian, reflected, with a step that fits its dimension.
+    from the Gaussian of center and hessian, reflected, with a step that fits its dimension. seen: where the chains have
+    been before, [lens, place, chain, size].
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class Run:
         draws: int | None = None,
         begin: Tensor | None = None,
         step: Tensor | None = None,
+        seen: Tensor | None = None,
         folded: Sequence[int] = (),
     ):
         lenses, size = center.shape
@@ -157,10 +160,11 @@ class Run:
         self.curvature, self.iteration = curvature, 0
         self.warmup = settings.warmup if warmup is None else warmup
         self.draws = settings.draws if draws is None else draws
-        self.hessian, self.curved, self.places = hessian, torch.zeros_like(hessian), 0
-        self.moments = torch.zeros(lenses, 2, size, dtype=torch.float64, device=center.device)  # of w and w^2, summed
+        self.hessian, self.curved = hessian, torch.zeros_like(hessian)
+        self.seen = center.new_zeros(lenses, 0, settings.chains, size) if seen is None else seen
         self.folded = list(folded)
         self.metric = Metric(target, center, hessian, settings.chains, self.folded)
+        self.length = self._length()
         if begin is None:
             way, one = _normal(generators, center.device, settings.chains, size), center.new_ones(lenses, 1, 1).double()
             self.u, _ = self.metric.drift(torch.zeros_like(way), way, one, torch.arange(lenses, device=center.device))
@@ -187,7 +191,7 @@ class Run:
         if tuning and self.curvature:
             self._look_about()
         size = torch.exp(self.step.log_step if tuning else self.step.averaged)
-        length = self.settings.path_length * 2 * _uniform(self.generators, self.u.device, 1)[:, 0]
+        length = self.length * 2 * _uniform(self.generators, self.u.device, 1)[:, 0]
         leaps = torch.ceil(length / size).clamp(1, self.settings.max_leapfrog_steps)
         momentum = _normal(self.generators, self.u.device, *self.u.shape[1:])
         energy = 0.5 * momentum.square().sum(-1) - self.value
@@ -226,20 +230,30 @@ class Run:
         if self.iteration % max(1, last // PLACES) == 0 or self.iteration in refreshed:
             assert self.curvature is not None
             self.curved += mean_over_chains(self.curvature, self.w)
-            self.moments += torch.stack([self.w.double(), self.w.double().square()], 1).mean(2)
-            self.places += 1
+            self.seen = torch.cat([self.seen, self.w[:, None]], 1)
         if self.iteration in refreshed:
             self._refresh()
 
     def _refresh(self) -> None:
         """Take the mean Hessian over where the chains have been for the metric; the step size begins anew."""
         w = self.w
-        mean, mean_square = (self.moments / self.places).unbind(1)
-        self.hessian = narrowed(self.curved / self.places, mean, mean_square - mean.square(), self.folded)
+        seen = self.seen.double().flatten(1, 2)
+        self.hessian = narrowed(self.curved / self.seen.shape[1], seen.mean(1), seen.var(1, correction=0), self.folded)
         self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains, self.folded)
         self.u = self.metric.whitened(w.flatten(0, 1))
         self.value, self.gradient = self.metric.target(self.u)
+        self.length = self._length()
         self.step = StepSize.begin(torch.exp(self.step.averaged), self.settings.target_accept)
+
+    def _length(self) -> Tensor:
+        """Mean length [lens] of a trajectory: the settings', or how far the chains have been along any direction."""
+        least = torch.full_like(self.center[:, 0], self.settings.path_length, dtype=torch.float64)
+        if not self.seen.shape[1]:
+            return least
+        u = (self.seen.double().flatten(1, 2) - self.center.double()[:, None]) @ self.metric.root
+        u = u - u.mean(1, keepdim=True)
+        variance = torch.linalg.eigvalsh(u @ u.mT / u.shape[1])[:, -1]  # of the widest direction
+        return torch.maximum(least, variance.sqrt())
 
     def state(self) -> dict[str, Tensor]:
         """All that the run goes on from, as tensors."""
@@ -250,21 +264,22 @@ class Run:
             else {}
         )
         own = {name: getattr(self, name) for name in OWN_STATE}
-        counts = torch.tensor([self.iteration, self.step.count, self.places])
+        counts = torch.tensor([self.iteration, self.step.count])
         return (
             own | steps | kept | {"counts": counts, "generators": torch.stack([g.get_state() for g in self.generators])}
         )
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state of a run with the same settings."""
+        """Go on from a state of a run with the same settings, from aligned copies: others round sums differently."""
+        state = {name: tensor.clone() for name, tensor in state.items()}
         for name in OWN_STATE:
             setattr(self, name, state[name])
         self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains, self.folded)
         for name in STEP_STATE:
             setattr(self.step, name, state[f"step.{name}"])
-        self.iteration, self.step.count, self.places = state["counts"].tolist()
+        self.iteration, self.step.count = state["counts"].tolist()
         for generator, own in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(own.clone())  # as read from a file it may be unaligned
+            generator.set_state(own.clone())  # each aligned
         names = [name.removeprefix("kept.") for name in state if name.startswith("kept.")]
         number = len(state["kept.w"]) if names else 0
         self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]

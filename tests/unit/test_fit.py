@@ -29,6 +29,7 @@ from lenspipe.image.source_plane import light_centre
 from lenspipe.image.window import STEP, Window, windows
 from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import build_table
+from lenspipe.posteriors.convergence import convergence
 from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
@@ -518,6 +519,25 @@ def test_sampler_draws_a_gaussian_it_was_given_the_wrong_metric_for(correlated: 
         spread = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
         assert np.all(np.abs(np.cov(w.T) - covariance) < 0.15 * spread)
     assert abs(float(draws.acceptance.mean()) - settings.target_accept) < 0.1
+
+
+def test_trajectories_grow_to_the_length_of_a_valley(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the draws are wide where curvature does not tell; else a few draws are hardly independent."""
+    precision = torch.diag(torch.tensor([1.0, 1.0, 1 / 400]).double())
+    target, center = gaussian_target(precision, torch.zeros(3).double()), torch.zeros(1, 3).double()
+    settings, metric = Fit(chains=4, warmup=100, draws=100, max_leapfrog_steps=256), torch.eye(3)[None].double()
+
+    def drawn() -> tuple[hmc.Run, float]:
+        generators = [torch.Generator().manual_seed(3)]
+        run = hmc.Run(target, center, metric, settings, generators, lambda w: metric.expand(len(w), -1, -1))
+        draws = run.finish().w[..., 2]
+        return run, float(convergence([draws.numpy()])[1][0])
+
+    run, size = drawn()
+    assert 8 < float(run.length) < 30
+    assert size > 100
+    monkeypatch.setattr(hmc.Run, "_length", lambda run: torch.full((1,), settings.path_length).double())
+    assert drawn()[1] < size / 4
 
 
 def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, Tensor]) -> None:
