@@ -34,7 +34,6 @@ from lenspipe.errors import ClusterError
 log = logging.getLogger("lenspipe")
 
 IN_FLIGHT = 256  # tasks that the scheduler has at a time, or four for each worker where that is more
-POLL = 1.0  # seconds between looks at jobs that have not begun
 
 
 class Batch(Protocol):
