@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
-from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains, narrowed
+from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -132,7 +132,7 @@ def begun(
     return Run(
         target,
         center,
-        narrowed(hessian, places.double().mean((1, 2)), places.double().var((1, 2), correction=0), folded),
+        hessian,
         settings,
         generators,
         warmup=settings.warmup // LATER_WARMUP,

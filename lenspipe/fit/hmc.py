@@ -160,11 +160,10 @@ class Run:
         self.curvature, self.iteration = curvature, 0
         self.warmup = settings.warmup if warmup is None else warmup
         self.draws = settings.draws if draws is None else draws
-        self.hessian, self.curved = hessian, torch.zeros_like(hessian)
+        self.curved = torch.zeros_like(hessian)
         self.seen = center.new_zeros(lenses, 0, settings.chains, size) if seen is None else seen
         self.folded = list(folded)
-        self.metric = Metric(target, center, hessian, settings.chains, self.folded)
-        self.length = self._length()
+        self._shape(hessian)
         if begin is None:
             way, one = _normal(generators, center.device, settings.chains, size), center.new_ones(lenses, 1, 1).double()
             self.u, _ = self.metric.drift(torch.zeros_like(way), way, one, torch.arange(lenses, device=center.device))
@@ -237,23 +236,21 @@ class Run:
     def _refresh(self) -> None:
         """Take the mean Hessian over where the chains have been for the metric; the step size begins anew."""
         w = self.w
-        seen = self.seen.double().flatten(1, 2)
-        self.hessian = narrowed(self.curved / self.seen.shape[1], seen.mean(1), seen.var(1, correction=0), self.folded)
-        self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains, self.folded)
+        self._shape(self.curved / self.seen.shape[1])
         self.u = self.metric.whitened(w.flatten(0, 1))
         self.value, self.gradient = self.metric.target(self.u)
-        self.length = self._length()
         self.step = StepSize.begin(torch.exp(self.step.averaged), self.settings.target_accept)
 
-    def _length(self) -> Tensor:
-        """Mean length [lens] of a trajectory: the settings', or how far the chains have been along any direction."""
-        least = torch.full_like(self.center[:, 0], self.settings.path_length, dtype=torch.float64)
-        if not self.seen.shape[1]:
-            return least
-        u = (self.seen.double().flatten(1, 2) - self.center.double()[:, None]) @ self.metric.root
-        u = u - u.mean(1, keepdim=True)
-        variance = torch.linalg.eigvalsh(u @ u.mT / u.shape[1])[:, -1]  # of the widest direction
-        return torch.maximum(least, variance.sqrt())
+    def _shape(self, hessian: Tensor) -> None:
+        """Take a Hessian for the metric; where chains have been seen, their room at walls and reach with it."""
+        seen = self.seen.double().flatten(1, 2)
+        if seen.shape[1]:
+            hessian = narrowed(hessian, seen.mean(1), seen.var(1, correction=0), self.folded)
+        self.hessian = hessian
+        self.metric = Metric(self.target, self.center, hessian, self.settings.chains, self.folded)
+        self.length = torch.full_like(self.center[:, 0], self.settings.path_length, dtype=torch.float64)
+        if seen.shape[1]:
+            self.length = torch.maximum(self.length, reach(self.metric, seen))
 
     def state(self) -> dict[str, Tensor]:
         """All that the run goes on from, as tensors."""
@@ -297,6 +294,12 @@ def narrowed(hessian: Tensor, mean: Tensor, variance: Tensor, folded: Sequence[i
         more = (1 / variance[:, column] - 1 / wide).clamp(min=0)
         hessian[:, column, column] += torch.where(mean[:, column] < WALL * variance[:, column].sqrt(), more, 0.0)
     return hessian
+
+
+def reach(metric: Metric, seen: Tensor) -> Tensor:
+    """Standard deviation [lens] of draws [lens, n, size] along their widest direction, whitened."""
+    u = (seen - seen.mean(1, keepdim=True)) @ metric.root
+    return torch.linalg.eigvalsh(u @ u.mT / u.shape[1])[:, -1].clamp(min=0).sqrt()
 
 
 def mean_over_chains(curvature: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lenspipe.fit.cluster import Queue, say
 
 POLL = 1.0  # seconds between looks at jobs that have not begun
 BUSY = re.compile("timed out|unable to contact|temporarily", re.IGNORECASE)  # what says nothing of the job itself
-WAITS = (1, 4, 15, 60, 60, 60)  # seconds after which a job that could not be submitted is submitted again
+WAITS = (1, 4, 15, 60, 60, 60)  # seconds after which a job that was not taken is submitted again, the last for ever
 
 
 @contextmanager
@@ -57,21 +58,34 @@ def site_settings(where: Cluster) -> dict[str, Any]:
 
 
 class Job(SLURMJob):
-    """A job that is submitted again for some minutes where SLURM does not take it, as when its controller is busy."""
+    """A job that is submitted until SLURM takes it, as it may not where its controller is busy, or until it is closed.
 
-    refusal = ""  # what SLURM said last, where it took none
+    Nothing waits for that: Dask counts it as a worker that is coming, as it does one that is in SLURM's queue.
+    """
+
+    refusal = ""  # what SLURM said last, where it has taken none for long
+    submission: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
-        for wait in (0, *WAITS):
-            await asyncio.sleep(wait)
+        self.submission = asyncio.ensure_future(self._submit())
+        await ProcessInterface.start(self)
+
+    async def _submit(self) -> None:
+        for attempt in itertools.count():
             try:
-                return await super().start()
+                await super().start()
             except RuntimeError as error:
-                said = str(error)
-        self.refusal = said
-        await ProcessInterface.start(self)  # counts as one that runs, so that it can be closed
+                self.refusal = str(error) if attempt >= len(WAITS) else ""
+            else:
+                self.refusal = ""
+                return
+            with suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self.finished(), WAITS[min(attempt, len(WAITS) - 1)])
 
     async def close(self) -> None:
+        self._event_finished.set()
+        if self.submission:
+            await self.submission
         await super().close()
         await ProcessInterface.close(self)
 
@@ -102,9 +116,10 @@ def refused(said: str, where: Cluster) -> ClusterError:
 
 
 def first_worker(client: Client, cluster: SlurmCluster, where: Cluster) -> None:
-    """Wait for the first worker, however long SLURM's queue is; give up when its jobs end without having become one.
+    """Wait for the first worker, however long SLURM's queue is.
 
-    Later jobs are asked for by Dask as needed, again and again: a mistake in the site's file has to be found before.
+    Gives up where SLURM takes no job for some minutes, or where its jobs end without having become one. Later jobs are
+    asked for by Dask as needed, again and again: a mistake in the site's file has to be found before.
     """
     cluster.scale(jobs=max(1, where.jobs_min))
     say("waiting for the first worker from SLURM")

@@ -15,18 +15,19 @@ from lenspipe.config import Cluster
 from lenspipe.errors import ClusterError, ConfigError
 from lenspipe.fit import cluster, slurm
 from tests.conftest import ROOT
-from tests.fan_out_work import Batch, fitted, halves
+from tests.fan_out_work import Batch, fitted, halves, slurm_job
 
 SBATCH = """#!/bin/sh
-# Too busy to say what it would do with a job and to take the first {refusals}; runs those that it takes at once.
+# Too busy to say what it would do with a job, and to take {refusals} after the first {taken}; runs the others at once.
 if [ "$1" = --test-only ]; then echo "{answer}" >&2; exit 1; fi
 echo asked >> {folder}/asked
-if [ "$(wc -l < {folder}/asked)" -le {refusals} ]; then
+asked=$(wc -l < {folder}/asked)
+if [ $asked -gt {taken} ] && [ $asked -le $(({taken} + {refusals})) ]; then
   echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2
   exit 1
 fi
 cp "$1" {folder}/job
-sh {folder}/job > {folder}/output 2>&1 &
+SLURM_JOB_ID=$asked sh {folder}/job > {folder}/output 2>&1 &
 echo $! >> {folder}/jobs
 echo "Submitted batch job $!"
 """
@@ -43,12 +44,12 @@ kill $1
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cluster]:
     """Settings for a SLURM that refuses the first so many jobs; waits between them are short."""
 
-    def settings(refusals: int, answer: str = "sbatch: error: allocation failure: Socket timed out") -> Cluster:
-        given = {"{folder}": str(tmp_path), "{refusals}": str(refusals), "{answer}": answer}
+    def settings(refusals: int, answer: str = "sbatch: error: Socket timed out", taken: int = 0) -> Cluster:
+        given = {"{folder}": tmp_path, "{refusals}": refusals, "{answer}": answer, "{taken}": taken}
         (tmp_path / "bin").mkdir()
         for name, script in {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL}.items():
             for key, value in given.items():
-                script = script.replace(key, value)
+                script = script.replace(key, str(value))
             program = tmp_path / "bin" / name
             program.write_text(script)
             program.chmod(0o755)
@@ -56,7 +57,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clust
         monkeypatch.setattr(slurm, "WAITS", (0.1, 0.1))
         site = (ROOT / "workflow/profiles/slurm/dask.yaml").read_text()
         (tmp_path / "site.yaml").write_text(site.replace("results/logs/fit/workers", str(tmp_path)))
-        return Cluster(kind="slurm", site=str(tmp_path / "site.yaml"), jobs_max=1)
+        return Cluster(kind="slurm", site=str(tmp_path / "site.yaml"), jobs_max=1 + taken)
 
     return settings
 
@@ -66,6 +67,13 @@ def test_a_job_that_was_not_taken_is_submitted_again(site: Callable[..., Cluster
     done = list(cluster.run([Batch(("a", "b"))], fitted, site(2), halves))
     assert [(task.names, result) for task, result, _ in done] == [(("a", "b"), "fitted")]
     assert len((tmp_path / "asked").read_text().split()) == 3
+
+
+def test_a_later_job_is_submitted_until_it_is_taken(site: Callable[..., Cluster]) -> None:
+    """The worker that is there goes on meanwhile."""
+    done = list(cluster.run([Batch((f"{i}",)) for i in range(14)], slurm_job, site(6, taken=1), halves))
+    assert len(done) == 14
+    assert {job for _, job, _ in done} == {"1", "8"}
 
 
 def test_a_job_that_would_not_be_taken(site: Callable[..., Cluster], tmp_path: Path) -> None:
