@@ -134,6 +134,10 @@ def fit_lenses(task: Task) -> xr.Dataset:
         if not bool(torch.isfinite(found.log_density).all()):
             raise ArithmeticError("no start of the MAP search reached a finite log posterior")
         found = exploration.explored(model, found, settings, _generators(config.seed, "explore", task.names))
+        for name, value in zip(task.names, found.log_density.tolist(), strict=True):
+            log.info("%s: maximum found, log posterior %.1f", name, value)
+    else:
+        log.info("goes on from its checkpoint")
     seconds_map = (time.perf_counter() - began) / len(task.names)
     generators = _generators(config.seed, "hmc", task.names)
     if settings.sampler == "hmc":

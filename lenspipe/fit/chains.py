@@ -4,11 +4,12 @@ After a round, a lens whose R-hat or effective sample size misses its gate takes
 again. They come beside those it has or, where R-hat still misses its gate and is less without those, in place of them.
 What a lens keeps is thinned to the same number of draws for all, and the gates look at those.
 
-Chains move in the unknowns of `LensModel.straight`; what `sample` is given and returns is in the model's own.
+Chains move in the unknowns of `LensModel.straight` and, where the source is learned, of `Following`; what `sample` is given and returns is in the model's own.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,11 +22,15 @@ from torch import Tensor
 
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
+from lenspipe.fit.following import Following
 from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
+from lenspipe.source.learned import LearnedSource
 from lenspipe.tensors import read_tensors, write_tensors
+
+log = logging.getLogger("lenspipe")
 
 CHECKPOINT_SECONDS = 60.0  # least time between checkpoints
 PER_DRAW = [field.name for field in fields(Draws) if field.name != "step_size"]
@@ -80,6 +85,7 @@ def sample(
         run = begun(straight, start, settings, [generators[row] for row in rows], rows, before, number)
         if saved:
             run.restore({name.removeprefix("run."): t for name, t in saved.items() if name.startswith("run.")})
+        log.info("round %d of chains begins for %d of %d lenses", number + 1, len(rows), len(generators))
         saved, last = {}, time.monotonic()
         while not run.finished:
             run.advance()
@@ -87,33 +93,44 @@ def sample(
                 state = {f"run.{name}": tensor for name, tensor in run.state().items()}
                 search = {f"map.{field.name}": getattr(found, field.name) for field in fields(found)}
                 checkpoint.save(packed(kept) | search | state | {"round": torch.tensor(number)})
+                log.info("round %d: %d of %d draws", number + 1, run.iteration, run.warmup + run.draws)
                 last = time.monotonic()
         draws = run.result()
         for place, row in enumerate(rows):
             kept[row] = joined(kept.get(row), of_lens(draws, place), settings, monitored)
-    return bent(model, together([thinned(kept[row], settings.draws) for row in range(len(generators))]))
+            r_hat, ess = gauges(kept[row], settings, monitored)
+            log.info("%s: R-hat %.3f, effective sample size %.0f", model.batch.names[row], r_hat, ess)
+    draws = together([thinned(kept[row], settings.draws) for row in range(len(generators))])
+    return bent(model, straight, draws)
 
 
 @torch.no_grad()
-def straightened(model: LensModel, found: MapFit) -> tuple[LensModel, MapFit]:
+def straightened(model: LensModel, found: MapFit) -> tuple[LensModel | Following, MapFit]:
     """The model, and what the search found, in the unknowns in which chains move."""
-    straight = model.straight()
-    if straight is model:
-        return model, found
-    w = model.to_straight(found.w)
-    return straight, replace(found, w=w, hessian=straight.hessian(w))
+    straight, w, hessian = model.straight(), model.to_straight(found.w), found.hessian
+    if straight is not model:
+        hessian = straight.hessian(w)
+    if not isinstance(straight.source, LearnedSource):
+        return straight, replace(found, w=w, hessian=hessian)
+    following = Following.at(straight, w, hessian)
+    x = following.to_following(w)
+    return following, replace(found, w=x, hessian=following.hessian(x))
 
 
 @torch.no_grad()
-def bent(model: LensModel, draws: Draws) -> Draws:
+def bent(model: LensModel, straight: LensModel | Following, draws: Draws) -> Draws:
     """Draws made in those unknowns, in the model's own."""
-    w, log_volume = model.from_straight(draws.w.flatten(0, 2))
-    shape = draws.w.shape[:3]
-    return replace(draws, w=w.unflatten(0, shape), log_density=draws.log_density - log_volume.unflatten(0, shape))
+    lenses, chains = draws.w.shape[:2]
+    rows = torch.arange(lenses, device=draws.w.device).repeat_interleave(chains)
+    own = []
+    for w in draws.w.flatten(0, 1).unbind(1):  # all draws at once would be as many images
+        own.append(model.from_straight(straight.from_following(w, rows) if isinstance(straight, Following) else w))
+    w, log_volume = (torch.stack(field, 1).unflatten(0, (lenses, chains)) for field in zip(*own, strict=True))
+    return replace(draws, w=w, log_density=draws.log_density - log_volume)
 
 
 def begun(
-    model: LensModel,
+    model: LensModel | Following,
     found: MapFit,
     settings: Fit,
     generators: list[torch.Generator],

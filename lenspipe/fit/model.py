@@ -147,12 +147,18 @@ class LensModel:
         """(prediction - data) / noise: [lens, ny, nx]; zero where masked."""
         return (self.image(w) - self.data) * self.weight
 
-    def log_density(self, w: Tensor, temperature: float = 1.0, rows: Tensor | None = None) -> Tensor:
+    def log_density(
+        self,
+        w: Tensor,
+        temperature: float = 1.0,
+        rows: Tensor | None = None,
+        sources: Drawn | Seen | None = None,
+    ) -> Tensor:
         """Log posterior [n] without its constant, summed in float64, of all lenses or of those at `rows` [n].
 
-        w: [n, size]; temperature: what the noise is multiplied by.
+        w: [n, size]; temperature: what the noise is multiplied by; sources: `view(w)`, where it is known.
         """
-        sources, p = self.view(w), self.parameters(w)
+        sources, p = self.view(w) if sources is None else sources, self.parameters(w)
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
         for part in self.parts(p, sources, rows):
             here = {name: value[part.places] for name, value in p.items()}

@@ -74,6 +74,9 @@ class Job(SLURMJob):
         for attempt in itertools.count():
             try:
                 await super().start()
+            except ValueError as error:  # taken, but SLURM's answer has no number of the job
+                self.refusal = str(error)
+                return
             except RuntimeError as error:
                 self.refusal = str(error) if attempt >= len(WAITS) else ""
             else:

@@ -779,9 +779,16 @@ def test_chains_of_a_killed_batch_go_on(
 
 
 def test_only_lenses_that_miss_a_gate_go_on(
-    model: tuple[LensModel, Tensor], found: map_search.MapFit, monkeypatch: pytest.MonkeyPatch
+    model: tuple[LensModel, Tensor],
+    found: map_search.MapFit,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The second of three misses its gate in the first round: it alone has a second one, whose draws it keeps too."""
+    """The second of three misses its gate in the first round: it alone has a second one, whose draws it keeps too.
+
+    The batch's log says so.
+    """
+    caplog.set_level("INFO", "lenspipe")
     lens_model, _ = model
     rounds: list[list[int]] = []
     begun = chains.begun
@@ -795,6 +802,7 @@ def test_only_lenses_that_miss_a_gate_go_on(
         return 1.0, 0.0 if second and draws.w.shape[2] == GATED.draws else math.inf
 
     first = chains.sample(lens_model, found, GATED.model_copy(update={"rounds": 1}), seeded(), [0])
+    caplog.clear()
     monkeypatch.setattr(chains, "begun", noted)
     monkeypatch.setattr(chains, "gauges", verdict)
     draws = chains.sample(lens_model, found, GATED, seeded(), [0])
@@ -803,6 +811,15 @@ def test_only_lenses_that_miss_a_gate_go_on(
     torch.testing.assert_close(draws.w[[0, 2]], first.w[[0, 2]])
     torch.testing.assert_close(draws.w[1, :, :10], first.w[1][:, ::2], atol=1, rtol=0)
     assert not torch.equal(draws.w[1], first.w[1])
+    names = lens_model.batch.names
+    assert caplog.messages == [
+        "round 1 of chains begins for 3 of 3 lenses",
+        f"{names[0]}: R-hat 1.000, effective sample size inf",
+        f"{names[1]}: R-hat 1.000, effective sample size 0",
+        f"{names[2]}: R-hat 1.000, effective sample size inf",
+        "round 2 of chains begins for 1 of 3 lenses",
+        f"{names[1]}: R-hat 1.000, effective sample size inf",
+    ]
 
 
 def of_one_lens(w: Tensor) -> hmc.Draws:

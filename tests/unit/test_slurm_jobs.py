@@ -89,6 +89,14 @@ def test_jobs_that_are_never_taken(site: Callable[..., Cluster]) -> None:
         list(cluster.run([Batch(("a",))], fitted, site(100), halves))
 
 
+def test_a_job_that_has_no_number(site: Callable[..., Cluster], tmp_path: Path) -> None:
+    """As where a site's own sbatch says something else: such a job could not be cancelled. Said, not waited for."""
+    settings = site(0)
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho thank you\n")
+    with pytest.raises(ClusterError, match=r"Could not parse job id .*thank you; mend \S+site.yaml"):
+        list(cluster.run([Batch(("a",))], fitted, settings, halves))
+
+
 def test_the_job_that_slurm_gets() -> None:
     """From the site's file: partition, processors, memory, time, a place for its output."""
     with dask.config.set(slurm.site_settings(Cluster(kind="slurm"))), slurm.SlurmCluster() as jobs:

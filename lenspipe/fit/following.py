@@ -1,0 +1,134 @@
+"""The unknowns in which chains of a learned source move: the weights of its field and its place follow its latents.
+
+What a decoder draws bends with the latents z, and observed images are sharp: where z moves, the weights r and the place
+of the source have to move along, by many of their own standard deviations and on a bent path. Here they do so by
+themselves. With e(z) the weights that draw the decoder's image, as well as the field can, and the place that the centre
+of its light moves it to,
+
+    x = (r, source_x, source_y) + A e(z),    A = 1 - 1 / H,
+
+where H is the Hessian of these unknowns at the maximum: 1 - 1 / H of a change is what the image undoes, the rest is
+left to the prior. With z and x as unknowns the target is the same, and so are volumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lenspipe.fit.model import LensModel
+from lenspipe.image.source_plane import light_centre
+from lenspipe.prior_map import PriorMap
+from lenspipe.source.learned import LearnedSource
+from lenspipe.source.view import Drawn, moved_centre
+
+PLACE = ("source_x", "source_y")
+
+
+@dataclass(frozen=True)
+class Following:
+    """The model of lenses with a learned source in those unknowns; all others are as in `model`.
+
+    columns: [o], of the unknowns that follow; answer: [lens, o, o], A; axes: of the place, those that are free and not
+    folded; centre: [lens, axis], of the decoder's light at the maximum; pull: [lens, axis], how far one unit of it
+    moves the place; drawn_by: [k, pixel], from an image to the weights that draw it.
+    """
+
+    model: LensModel
+    columns: Tensor
+    answer: Tensor
+    axes: list[int]
+    centre: Tensor
+    pull: Tensor
+    drawn_by: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def at(cls, model: LensModel, w: Tensor, hessian: Tensor) -> Following:
+        """Made at the maxima w [lens, size] of a model whose source is learned, with the Hessians there."""
+        source, named = learned(model), model.split(w)[0]
+        movable = [name for i, name in enumerate(model.priors.free) if i not in model.priors.folded]
+        axes = [axis for axis, name in enumerate(PLACE) if name in movable]
+        place = [model.priors.free.index(PLACE[axis]) for axis in axes]
+        weights = range(named.shape[1] + source.latents, model.size)
+        columns = torch.tensor([*place, *weights], device=w.device)
+        own = hessian[:, columns][:, :, columns]
+        size, slopes = model.parameters(w)["source_size"], model.priors.linearise(named)[1]
+        drawn_by = torch.linalg.pinv(source.basis.flatten(1).double().T).to(w)
+        return cls(
+            model,
+            columns,
+            (torch.eye(len(columns), device=w.device) - torch.linalg.inv(own)).to(w),
+            axes,
+            centre_of(source.decoded(model.split(w)[1]), axes),
+            -size[:, None] / slopes[:, place],
+            drawn_by,
+        )
+
+    @property
+    def priors(self) -> PriorMap:
+        return self.model.priors
+
+    def take(self, rows: Tensor) -> Following:
+        """The lenses at `rows` [n], which may repeat."""
+        own = {name: getattr(self, name)[rows] for name in ("answer", "centre", "pull")}
+        return replace(self, model=self.model.take(rows), **own)
+
+    def followed(self, decoded: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """A e(z) [n, size] where decoded images are [n, m, m], of the lenses at `rows` [n]; zero for what stays."""
+        moved = self.pull[rows] * (centre_of(decoded, self.axes) - self.centre[rows])
+        e = torch.cat([moved, decoded.flatten(1) @ self.drawn_by.T], 1)
+        answer = (self.answer[rows] @ e[..., None])[..., 0]
+        return answer.new_zeros(len(answer), self.model.size).index_copy(1, self.columns, answer)
+
+    def decoded(self, w: Tensor) -> Tensor:
+        """The decoder's images of unknowns w or x [n, size]: the latents of both are the same."""
+        return learned(self.model).decoded(self.model.split(w)[1])
+
+    def to_following(self, w: Tensor) -> Tensor:
+        """x [lens, size] of w [lens, size]."""
+        return w + self.followed(self.decoded(w))
+
+    def from_following(self, x: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """w [n, size] of x [n, size] of the lenses at `rows` [n]."""
+        return x - self.followed(self.decoded(x), rows)
+
+    def value_and_gradient(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of `LensModel`, with respect to x; the decoder draws once."""
+        model = self.model
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            decoded = self.decoded(x)
+            w = x - self.followed(decoded, slice(None) if rows is None else rows)
+            field = learned(model).field(model.split(w)[1])
+            sources = Drawn(decoded + field, decoded, model.optics.interpolation)
+            value = model.log_density(w, rows=rows, sources=sources)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), gradient
+
+    @torch.no_grad()
+    def hessian(self, x: Tensor) -> Tensor:
+        """As of `LensModel`, in x: [lens, size, size]."""
+        source, w = learned(self.model), self.from_following(x)
+        of_source = self.model.split(w)[1]
+        begin = w.shape[1] - source.size
+        slopes = source.linearise(of_source)[1][:, : source.latents]
+        moved = torch.stack(moved_centre(self.decoded(w), slopes), -1)[..., self.axes]
+        e = torch.cat([self.pull[:, None] * moved, slopes.flatten(2) @ self.drawn_by.T], -1)  # [lens, latent, o]
+        jacobian = torch.eye(w.shape[1], dtype=torch.float64, device=w.device).repeat(len(w), 1, 1)
+        latents = torch.arange(begin, begin + source.latents, device=w.device)
+        jacobian[:, self.columns[:, None], latents] -= (self.answer @ e.mT).double()
+        return jacobian.mT @ self.model.hessian(w) @ jacobian
+
+
+def learned(model: LensModel) -> LearnedSource:
+    """The source of a model that has a learned one."""
+    assert isinstance(model.source, LearnedSource)
+    return model.source
+
+
+def centre_of(images: Tensor, axes: list[int]) -> Tensor:
+    """Centre of the light of images [n, m, m] along some axes: [n, axis]."""
+    return torch.stack(light_centre(images), 1)[:, axes]
