@@ -4,7 +4,8 @@ After a round, a lens whose R-hat or effective sample size misses its gate takes
 again. They come beside those it has or, where R-hat still misses its gate and is less without those, in place of them.
 What a lens keeps is thinned to the same number of draws for all, and the gates look at those.
 
-Chains move in the unknowns of `LensModel.straight` and, where the source is learned, of `Following`; what `sample` is given and returns is in the model's own.
+Chains move in the unknowns of `LensModel.straight` and, where the source is learned, of `Following`; what `sample` is
+given and returns is in the model's own.
 """
 
 from __future__ import annotations

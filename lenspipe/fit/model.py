@@ -228,13 +228,10 @@ class LensModel:
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
         of_latents = sources.slopes((u, v), (along_u, along_v))
         total = flux * rays
-        if self.optics.light is not None:
-
-            def light(values: Tensor) -> tuple[Tensor, ...]:
-                return (simulator.lens_light(self.physical(values)),)  # type: ignore[return-value]
-
-            total = total + light(values)[0]
-            of_named = of_named + pushed_forward(light, values)[0]
+        light = simulator.lens_light(self.physical(values))
+        if light is not None:
+            total = total + light
+            of_named = of_named + self.light_slopes(values, simulator)
         of_named *= slopes[..., None, None]
         images = simulator.observe(torch.cat([total[:, None], of_named, flux[:, None] * of_latents], 1))
         if "background" in self.priors.priors:
@@ -247,6 +244,20 @@ class LensModel:
         jacobian = images[:, 1:] * part.weight[:, None]
         residuals = (images[:, 0] - part.data) * part.weight
         return residuals.flatten(1), jacobian.flatten(2).transpose(1, 2)
+
+    def light_slopes(self, values: Tensor, simulator: Simulator) -> Tensor:
+        """Derivatives of the lens galaxy's light along the rays with respect to `values` [lens, free]: one each."""
+        assert self.optics.light is not None
+        names = self.optics.light.parameters
+
+        def of_light(values: Tensor) -> tuple[Tensor, ...]:
+            p = self.physical(values)
+            return tuple(p[name] for name in names)
+
+        moved = dict(zip(names, pushed_forward(of_light, values), strict=True))
+        moved = {name: by for name, by in moved.items() if by.any()}
+        along = simulator.light_slopes(self.physical(values), moved.keys())
+        return (torch.stack(list(moved.values()), -1) @ along.flatten(2)).unflatten(-1, along.shape[2:])
 
     @torch.no_grad()
     def normal_equations(self, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +67,27 @@ def mge(
     Their standard deviations on the intermediate axis, in even ratios from `sd_min` to `sd_max` ["], are given, so
     that the profile is linear in its amplitudes.
     """
+    total = torch.zeros_like(x)
+    columns = mge_columns(x, y, sd_min, sd_max, q, phi, center_x, center_y)
+    for name, column in zip(MGE_AMPLITUDES, columns, strict=True):
+        total = torch.addcmul(total, amplitudes[name], column)
+    return total
+
+
+def mge_columns(
+    x: Tensor,
+    y: Tensor,
+    sd_min: Tensor,
+    sd_max: Tensor,
+    q: Tensor,
+    phi: Tensor,
+    center_x: Tensor,
+    center_y: Tensor,
+) -> Iterator[Tensor]:
+    """The Gaussians of `mge`, each of amplitude 1."""
     radius2 = elliptical_radius2(x, y, q, phi, center_x, center_y)
-    share = torch.linspace(0, 1, len(MGE_AMPLITUDES), dtype=x.dtype, device=x.device)
-    share = share.reshape(-1, *[1] * x.dim())  # all Gaussians at once: forward mode costs by the operation
-    precision = torch.exp(-2 * ((1 - share) * torch.log(sd_min) + share * torch.log(sd_max)))
-    heights = torch.stack([amplitudes[name] + x.new_zeros([1] * x.dim()) for name in MGE_AMPLITUDES])
-    return (heights * torch.exp(radius2 * (-0.5 * precision))).sum(0)
+    for share in torch.linspace(0, 1, len(MGE_AMPLITUDES), dtype=x.dtype, device=x.device):
+        yield torch.exp(radius2 * (-0.5 * torch.exp(-2 * torch.lerp(torch.log(sd_min), torch.log(sd_max), share))))
 
 
 PROFILES: dict[str, Callable[..., Tensor]] = {"sersic": sersic, "gaussian": gaussian, "mge": mge}
@@ -109,14 +124,53 @@ class Light:
         """Each amplitude in turn 1, all others 0, for `linear_amplitudes`: x, y [lens, ...] to [lens, k, ...]."""
         parts = []
         for component, profile in self.profiles.items():
-            own = self._own(component, profile, parameters)
-            none = {name: torch.zeros_like(own[name]) for name in AMPLITUDES[profile]}
-            for name in none:
-                parts.append(PROFILES[profile](x, y, **own | none | {name: torch.ones_like(own[name])}))
+            parts += unit_columns(profile, x, y, self._own(component, profile, parameters))
         return torch.stack(parts, dim=1)
+
+    def slopes(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor], names: Collection[str]) -> Tensor:
+        """Derivatives of `brightness` with respect to parameters: x, y [lens, ...] to [lens, name, ...]."""
+        found: dict[str, Tensor] = {}
+        for component, profile in self.profiles.items():
+            wanted = [name for name in LIGHT_PROFILES[profile] if qualified(component, name) in names]
+            own = slopes(profile, x, y, self._own(component, profile, parameters), wanted)
+            found |= {qualified(component, name): slope for name, slope in own.items()}
+        return torch.stack([found[name] for name in names], 1)
 
     def _own(self, component: str, profile: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: parameters[qualified(component, name)] for name in LIGHT_PROFILES[profile]}
+
+
+def unit_columns(profile: str, x: Tensor, y: Tensor, own: Mapping[str, Tensor]) -> list[Tensor]:
+    """A profile with each of its amplitudes in turn 1, all others 0."""
+    rest = {name: value for name, value in own.items() if name not in AMPLITUDES[profile]}
+    if profile == "mge":
+        return list(mge_columns(x, y, **rest))
+    return [PROFILES[profile](x, y, amplitude=torch.ones_like(own["amplitude"]), **rest)]
+
+
+def slopes(profile: str, x: Tensor, y: Tensor, own: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Derivatives of a profile with respect to some of its parameters.
+
+    In an amplitude it is linear. Where it is, how it is turned and its axis ratio change it as a move of the place
+    does, along which one reverse pass has its derivative: each place has its own. Along others in forward mode.
+    """
+    amplitudes = AMPLITUDES[profile]
+    found = dict(zip(amplitudes, unit_columns(profile, x, y, own), strict=True) if set(amplitudes) & set(names) else ())
+    if {"q", "phi", "center_x", "center_y"} & set(names):
+        places = [axis.detach().requires_grad_() for axis in (x, y)]
+        with torch.enable_grad():
+            along_x, along_y = torch.autograd.grad(PROFILES[profile](*places, **own).sum(), places)
+        from_x, from_y = x - own["center_x"], y - own["center_y"]
+        (a, b), (along_a, along_b) = rotate(from_x, from_y, own["phi"]), rotate(along_x, along_y, own["phi"])
+        found |= {"center_x": -along_x, "center_y": -along_y, "phi": along_x * from_y - along_y * from_x}
+        found["q"] = (a * along_a - b * along_b) / (2 * own["q"])
+    for name in set(names) - found.keys():
+
+        def of_one(value: Tensor, name: str = name) -> Tensor:
+            return PROFILES[profile](x, y, **{**own, name: value})
+
+        found[name] = torch.func.jvp(of_one, (own[name],), (torch.ones_like(own[name]),))[1]
+    return {name: found[name] for name in names}
 
 
 def linear_amplitudes(columns: Tensor, data: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

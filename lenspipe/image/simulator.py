@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -251,6 +251,16 @@ class Simulator:
             return None
         column = {name: value[:, None, None] for name, value in p.items()}
         return self.light_unit[:, None, None] * self.optics.light.brightness(self.x, self.y, column)
+
+    def light_slopes(self, p: Parameters, names: Collection[str]) -> Tensor:
+        """Derivatives of `lens_light` with respect to parameters: [lens, name, ny s, nx s].
+
+        Raises ValueError where the optics has no light.
+        """
+        if self.optics.light is None:
+            raise ValueError("the optics has no light of the lens galaxy")
+        column = {name: value[:, None, None] for name, value in p.items()}
+        return self.light_unit[:, None, None, None] * self.optics.light.slopes(self.x, self.y, column, names)
 
     def source_rays(self, p: Parameters, source: Tensor | Brightness) -> Tensor:
         """Brightness of the lensed source along the rays, without PSF: [lens, ny s, nx s]; see `image`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lenspipe.image import light
 from lenspipe.lens.parameters import MGE_AMPLITUDES
+from lenspipe.source.base import pushed_forward
 
 
 def real(*values: float) -> list[Tensor]:
@@ -90,3 +91,30 @@ def test_a_multi_gaussian_expansion_is_its_gaussians(points: tuple[Tensor, Tenso
     columns = light.Light({"bulge": "mge"}).columns(points[0][None], points[1][None], own)
     assert columns.shape == (1, 6, 300)
     torch.testing.assert_close(torch.einsum("k,lkn->ln", torch.stack([*amplitudes.values()]), columns)[0], ours)
+
+
+@pytest.mark.parametrize("q", [0.6, 1.0])
+def test_slopes_of_light_are_those_of_forward_mode(q: float, points: tuple[Tensor, Tensor]) -> None:
+    """A component of each profile, with respect to every parameter; some of them alone, in any order."""
+    lens_light = light.Light({"bulge": "sersic", "knot": "gaussian", "halo": "mge"})
+    given = {"q": q, "phi": 0.4, "center_x": 0.1, "center_y": -0.2, "R_sersic": 0.5, "n_sersic": 3.0, "sd": 0.3}
+    given |= {"sd_min": 0.05, "sd_max": 2.0, "amplitude": 1.5} | {
+        name: 0.3 + k for k, name in enumerate(MGE_AMPLITUDES)
+    }
+    names = lens_light.parameters
+    values = torch.tensor([given[name.split("_", 1)[1]] for name in names], dtype=torch.float64)
+    values = torch.stack([values, values + 0.05])
+    if q == 1:
+        values[1] = values[0]
+    x, y = (axis.expand(2, -1) for axis in points)
+
+    def brightness(values: Tensor) -> Tensor:
+        return lens_light.brightness(x, y, {n: v[:, None] for n, v in zip(names, values.unbind(1), strict=True)})
+
+    (expected,) = pushed_forward(lambda values: (brightness(values),), values)
+    column = {n: v[:, None] for n, v in zip(names, values.unbind(1), strict=True)}
+    found = lens_light.slopes(x, y, column, names)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    some = ["halo_q", "bulge_n_sersic", "knot_amplitude"]
+    places = [names.index(name) for name in some]
+    torch.testing.assert_close(lens_light.slopes(x, y, column, some), found[:, places])
