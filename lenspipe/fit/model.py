@@ -256,6 +256,8 @@ class LensModel:
 
         moved = dict(zip(names, pushed_forward(of_light, values), strict=True))
         moved = {name: by for name, by in moved.items() if by.any()}
+        if not moved:
+            return values.new_zeros(*values.shape, *simulator.x.shape[1:])
         along = simulator.light_slopes(self.physical(values), moved.keys())
         return (torch.stack(list(moved.values()), -1) @ along.flatten(2)).unflatten(-1, along.shape[2:])
 

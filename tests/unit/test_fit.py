@@ -146,6 +146,7 @@ def test_components_are_part_of_the_model(model: tuple[LensModel, Tensor]) -> No
 SPHERE = {"far_theta_E": "Normal(0.1, 0.02)", "far_center_x": "0.8", "far_center_y": "0.4"}
 BULGE = {"bulge_amplitude": "LogNormal(0.5, 0.3)", "bulge_sd": "LogNormal(0.4, 0.2)", "bulge_q": "0.8"}
 BULGE |= {"bulge_phi": "0.3", "bulge_center_x": "Normal(0, 0.1)", "bulge_center_y": "0"}
+FIXED = {"bulge_amplitude": "0.5", "bulge_sd": "0.4", "bulge_center_x": "0.1"}
 WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x", "background": "bulge_center_x"}
 
 
@@ -155,6 +156,7 @@ WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x
         (Optics(TABLE, supersampling=2), {}),
         (Optics(TABLE, supersampling=2, psf_supersampling=2), {}),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | {"background": "Normal(0, 0.1)"}),
+        (Optics(light=Light({"bulge": "gaussian"})), BULGE | FIXED),
         (Optics(light=Light({"bulge": "gaussian"})), BULGE | WITH_THE_MASS | {"gamma2": "Laplace(0, 0.05)"}),
         (
             Optics(
@@ -165,13 +167,13 @@ WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x
             SPHERE,
         ),
     ],
-    ids=["table", "fine psf", "light", "shared", "planes"],
+    ids=["table", "fine psf", "light", "fixed", "shared", "planes"],
 )
 def test_every_part_of_the_forward_model_has_its_derivatives(
     model: tuple[LensModel, Tensor], optics: Optics, further: dict[str, str]
 ) -> None:
-    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, its own or with the
-    centre, axis ratio and angle of the mass, and two planes."""
+    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, its own, given or with
+    the centre, axis ratio and angle of the mass, and two planes."""
     own = {name: parse_prior(text) for name, text in further.items()}
     wider = LensModel(model[0].batch, PriorMap(Config().priors.expressions() | own), model[0].source, optics)
     w = 0.4 * torch.randn(3, wider.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
