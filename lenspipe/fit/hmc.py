@@ -1,11 +1,11 @@
 """Hamiltonian Monte Carlo for many lenses at once, each with its own metric, step size and random numbers.
 
 Coordinates are whitened by the Gauss-Newton Hessian H: w = w_map + L^-T u with H = L L^T; at first H is the one at the
-maximum, then, three times during the warm-up, the mean over the places where the chains have been, eighteen each in the
-end: a trajectory meets the curvature of the whole posterior, not of its top. The step size of a lens is tuned by dual
-averaging over its chains (Hoffman & Gelman 2014, algorithm 5). A trajectory's length is drawn anew for every draw, the
-same for all chains of a lens; where the posterior is a bent valley, much longer than its curvature tells, its mean is
-the standard deviation along the valley, as the chains have seen it.
+maximum, then, four times during the warm-up, the mean over the places where the chains have been lately, some ten each
+in the end: a trajectory meets the curvature of the whole posterior, not of its top or of the way from there. The step
+size of a lens is tuned by dual averaging over its chains (Hoffman & Gelman 2014, algorithm 5). A trajectory's length is
+drawn anew for every draw, the same for all chains of a lens; where the posterior is a bent valley, much longer than its
+curvature tells, its mean is the standard deviation along the valley, as the chains have lately seen it.
 
 Where the target is the same at w and -w of some unknowns, trajectories keep to w >= 0: at 0 they are reflected, which
 changes neither energies nor volumes (Afshar & Domke 2015).
@@ -24,9 +24,9 @@ from lenspipe.config import Fit
 
 Target = Callable[..., tuple[Tensor, Tensor]]  # of w [n, size] and, where it is not of all rows, of their numbers [n]
 STEP_STATE = ("log_step", "anchor", "error", "averaged")  # tensors of a step size
-OWN_STATE = ("hessian", "curved", "seen", "length", "u", "value", "gradient")  # tensors of a run
+OWN_STATE = ("hessian", "curved", "curved_before", "seen", "seen_before", "length", "u", "value", "gradient")  # a run's
 ALL = slice(None)
-PLACES = 18  # of each chain over which Hessians are averaged for the last metric
+PLACES = 18  # of each chain where Hessians are taken in the warm-up, half of them for the last metric; all, later
 REFLECTIONS = 50  # in one leapfrog step; a trajectory that has more is not accepted
 WALL = 1.8  # mean over sd of draws that feel one, at most: an exponential has 1, half a Gaussian 1.3, even ones 1.7
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
@@ -160,10 +160,10 @@ class Run:
         self.curvature, self.iteration = curvature, 0
         self.warmup = settings.warmup if warmup is None else warmup
         self.draws = settings.draws if draws is None else draws
-        self.curved = torch.zeros_like(hessian)
-        self.seen = center.new_zeros(lenses, 0, settings.chains, size) if seen is None else seen
+        self.curved = self.curved_before = torch.zeros_like(hessian)
+        self.seen = self.seen_before = center.new_zeros(lenses, 0, settings.chains, size)
         self.folded = list(folded)
-        self._shape(hessian)
+        self._shape(hessian, self.seen if seen is None else seen)
         if begin is None:
             way, one = _normal(generators, center.device, settings.chains, size), center.new_ones(lenses, 1, 1).double()
             self.u, _ = self.metric.drift(torch.zeros_like(way), way, one, torch.arange(lenses, device=center.device))
@@ -221,29 +221,39 @@ class Run:
         return Draws(**columns, step_size=torch.exp(self.step.averaged))
 
     def _look_about(self) -> None:
-        """Add the Hessian to those of earlier draws; three times, take their mean for the metric."""
-        refreshed = {self.warmup * part // 5 for part in (1, 2, 3)} - {0}
-        last = max(refreshed, default=0)
-        if not 0 < self.iteration <= last:
+        """Note where the chains are, at some places with the Hessian; four times, take a metric from the last."""
+        refreshed = sorted({self.warmup * part // 5 for part in range(5)})
+        if not 0 < self.iteration <= refreshed[-1]:
             return
-        if self.iteration % max(1, last // PLACES) == 0 or self.iteration in refreshed:
+        every = max(1, refreshed[-1] // PLACES)
+        looks = sorted({*range(every, refreshed[-1] + 1, every), *refreshed[1:]} - {0})
+        self.seen = torch.cat([self.seen, self.w[:, None]], 1)
+        if self.iteration in looks:
             assert self.curvature is not None
-            self.curved += mean_over_chains(self.curvature, self.w)
-            self.seen = torch.cat([self.seen, self.w[:, None]], 1)
+            self.curved = self.curved + mean_over_chains(self.curvature, self.w)
         if self.iteration in refreshed:
-            self._refresh()
+            since = refreshed[max(0, refreshed.index(self.iteration) - 2)]
+            self._refresh(sum(since < look <= self.iteration for look in looks))
 
-    def _refresh(self) -> None:
-        """Take the mean Hessian over where the chains have been for the metric; the step size begins anew."""
-        w = self.w
-        self._shape(self.curved / self.seen.shape[1])
+    def _refresh(self, looks: int) -> None:
+        """Take a metric from where the chains were since the refresh before the last one; the step size begins anew.
+
+        looks: how many Hessians there are of those places.
+        """
+        w, seen = self.w, torch.cat([self.seen_before, self.seen], 1)
+        self._shape((self.curved_before + self.curved) / looks, seen)
+        self.curved_before, self.seen_before = self.curved, self.seen
+        self.curved, self.seen = torch.zeros_like(self.curved), self.seen[:, :0]
         self.u = self.metric.whitened(w.flatten(0, 1))
         self.value, self.gradient = self.metric.target(self.u)
         self.step = StepSize.begin(torch.exp(self.step.averaged), self.settings.target_accept)
 
-    def _shape(self, hessian: Tensor) -> None:
-        """Take a Hessian for the metric; where chains have been seen, their room at walls and reach with it."""
-        seen = self.seen.double().flatten(1, 2)
+    def _shape(self, hessian: Tensor, seen: Tensor) -> None:
+        """Take a Hessian for the metric, and its room at walls and the reach from where chains were.
+
+        seen: [lens, place, chain, size]; there may be none.
+        """
+        seen = seen.double().flatten(1, 2)
         if seen.shape[1]:
             hessian = narrowed(hessian, seen.mean(1), seen.var(1, correction=0), self.folded)
         self.hessian = hessian

@@ -172,8 +172,8 @@ WITH_THE_MASS = {"bulge_phi": "phi", "bulge_q": "q", "bulge_center_x": "center_x
 def test_every_part_of_the_forward_model_has_its_derivatives(
     model: tuple[LensModel, Tensor], optics: Optics, further: dict[str, str]
 ) -> None:
-    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, its own, given or with
-    the centre, axis ratio and angle of the mass, and two planes."""
+    """Jacobian and gradient equal those by autograd, for the table, lens light with a background, its own, given or
+    with the centre, axis ratio and angle of the mass, and two planes."""
     own = {name: parse_prior(text) for name, text in further.items()}
     wider = LensModel(model[0].batch, PriorMap(Config().priors.expressions() | own), model[0].source, optics)
     w = 0.4 * torch.randn(3, wider.size, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -540,6 +540,25 @@ def test_trajectories_grow_to_the_length_of_a_valley(monkeypatch: pytest.MonkeyP
     assert size > 100
     monkeypatch.setattr(hmc, "reach", lambda metric, seen: torch.zeros(1).double())
     assert drawn()[1] < size / 4
+
+
+def test_the_way_to_the_posterior_is_forgotten() -> None:
+    """Chains that begin far off come to know how wide it is, and not how far they came; their metric neither."""
+    target, center = gaussian_target(torch.eye(3).double(), torch.zeros(3).double()), torch.zeros(1, 3).double()
+    metric = torch.eye(3)[None].double()
+
+    def curvature(w: Tensor) -> Tensor:
+        return torch.where(w.abs().amax(1) > 10, 100.0, 1.0)[:, None, None] * metric
+
+    settings = Fit(chains=4, warmup=100, draws=20, path_length=1.0, max_leapfrog_steps=256)
+    far = torch.full((1, 4, 3), 60.0).double()
+    run = hmc.Run(target, center, metric, settings, [torch.Generator().manual_seed(3)], curvature, begin=far)
+    while run.iteration < 25:
+        run.advance()
+    assert float(run.length) > 5
+    run.finish()
+    assert float(run.length) < 2.5
+    torch.testing.assert_close(run.hessian, metric)
 
 
 def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, Tensor]) -> None:
