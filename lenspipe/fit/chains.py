@@ -86,7 +86,7 @@ def sample(
         run = begun(straight, start, settings, [generators[row] for row in rows], rows, before, number)
         if saved:
             run.restore({name.removeprefix("run."): t for name, t in saved.items() if name.startswith("run.")})
-        log.info("round %d of chains begins for %d of %d lenses", number + 1, len(rows), len(generators))
+        log.info("round %d of chains, for %d of %d lenses", number + 1, len(rows), len(generators))
         saved, last = {}, time.monotonic()
         while not run.finished:
             run.advance()

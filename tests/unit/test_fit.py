@@ -834,11 +834,11 @@ def test_only_lenses_that_miss_a_gate_go_on(
     assert not torch.equal(draws.w[1], first.w[1])
     names = lens_model.batch.names
     assert caplog.messages == [
-        "round 1 of chains begins for 3 of 3 lenses",
+        "round 1 of chains, for 3 of 3 lenses",
         f"{names[0]}: R-hat 1.000, effective sample size inf",
         f"{names[1]}: R-hat 1.000, effective sample size 0",
         f"{names[2]}: R-hat 1.000, effective sample size inf",
-        "round 2 of chains begins for 1 of 3 lenses",
+        "round 2 of chains, for 1 of 3 lenses",
         f"{names[1]}: R-hat 1.000, effective sample size inf",
     ]
 
