@@ -48,7 +48,9 @@ class Fit(Section):
         "hmc", description="what draws from the posterior; all but hmc are for comparison, one lens at a time"
     )
     chains: int = Field(4, ge=2, description="Markov chains per lens")
-    warmup: int = Field(200, ge=20, description="draws per chain that tune the step size and are thrown away")
+    warmup: int = Field(
+        200, ge=20, description="draws per chain that tune steps, metric and path length and are thrown away"
+    )
     draws: int = Field(300, ge=20, description="draws kept per chain")
     target_accept: float = Field(0.8, gt=0.4, lt=1, description="mean acceptance that the step size is tuned to")
     rounds: Count = Field(

@@ -115,7 +115,7 @@ def straightened(model: LensModel, found: MapFit) -> tuple[LensModel | Following
         return straight, replace(found, w=w, hessian=hessian)
     following = Following.at(straight, w, hessian)
     x = following.to_following(w)
-    return following, replace(found, w=x, hessian=following.hessian(x))
+    return following, replace(found, w=x, hessian=following.changed(x, hessian))
 
 
 @torch.no_grad()

@@ -108,19 +108,22 @@ class Following:
             (gradient,) = torch.autograd.grad(value.sum(), x)
         return value.detach(), gradient
 
-    @torch.no_grad()
     def hessian(self, x: Tensor) -> Tensor:
         """As of `LensModel`, in x: [lens, size, size]."""
-        source, w = learned(self.model), self.from_following(x)
-        of_source = self.model.split(w)[1]
-        begin = w.shape[1] - source.size
+        return self.changed(x, self.model.hessian(self.from_following(x)))
+
+    @torch.no_grad()
+    def changed(self, x: Tensor, hessian: Tensor) -> Tensor:
+        """In x what the model's own Hessians [lens, size, size] are there."""
+        source, of_source = learned(self.model), self.model.split(x)[1]
+        begin = x.shape[1] - source.size
         slopes = source.linearise(of_source)[1][:, : source.latents]
-        moved = torch.stack(moved_centre(self.decoded(w), slopes), -1)[..., self.axes]
+        moved = torch.stack(moved_centre(self.decoded(x), slopes), -1)[..., self.axes]
         e = torch.cat([self.pull[:, None] * moved, slopes.flatten(2) @ self.drawn_by.T], -1)  # [lens, latent, o]
-        jacobian = torch.eye(w.shape[1], dtype=torch.float64, device=w.device).repeat(len(w), 1, 1)
-        latents = torch.arange(begin, begin + source.latents, device=w.device)
+        jacobian = torch.eye(x.shape[1], dtype=torch.float64, device=x.device).repeat(len(x), 1, 1)
+        latents = torch.arange(begin, begin + source.latents, device=x.device)
         jacobian[:, self.columns[:, None], latents] -= (self.answer @ e.mT).double()
-        return jacobian.mT @ self.model.hessian(w) @ jacobian
+        return jacobian.mT @ hessian @ jacobian
 
 
 def learned(model: LensModel) -> LearnedSource:

@@ -68,24 +68,15 @@ def mge(
     that the profile is linear in its amplitudes.
     """
     total = torch.zeros_like(x)
-    columns = mge_columns(x, y, sd_min, sd_max, q, phi, center_x, center_y)
+    columns = mge_columns(x, y, sd_min, sd_max, q=q, phi=phi, center_x=center_x, center_y=center_y)
     for name, column in zip(MGE_AMPLITUDES, columns, strict=True):
         total = torch.addcmul(total, amplitudes[name], column)
     return total
 
 
-def mge_columns(
-    x: Tensor,
-    y: Tensor,
-    sd_min: Tensor,
-    sd_max: Tensor,
-    q: Tensor,
-    phi: Tensor,
-    center_x: Tensor,
-    center_y: Tensor,
-) -> Iterator[Tensor]:
-    """The Gaussians of `mge`, each of amplitude 1."""
-    radius2 = elliptical_radius2(x, y, q, phi, center_x, center_y)
+def mge_columns(x: Tensor, y: Tensor, sd_min: Tensor, sd_max: Tensor, **ellipse: Tensor) -> Iterator[Tensor]:
+    """The Gaussians of `mge`, each of amplitude 1; ellipse: what `elliptical_radius2` takes."""
+    radius2 = elliptical_radius2(x, y, **ellipse)
     for share in torch.linspace(0, 1, len(MGE_AMPLITUDES), dtype=x.dtype, device=x.device):
         yield torch.exp(radius2 * (-0.5 * torch.exp(-2 * torch.lerp(torch.log(sd_min), torch.log(sd_max), share))))
 
