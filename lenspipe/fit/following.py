@@ -2,8 +2,8 @@
 
 What a decoder draws bends with the latents z, and observed images are sharp: where z moves, the weights r and the place
 of the source have to move along, by many of their own standard deviations and on a bent path. Here they do so by
-themselves. With e(z) the weights that draw the decoder's image, as well as the field can, and the place that the centre
-of its light moves it to,
+themselves. With e(z) the weights that draw the decoder's image, as well as the field can, and how far the centre of its
+light moves the place, in a frame as large as it is,
 
     x = (r, source_x, source_y) + A e(z),    A = 1 - 1 / H,
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from lenspipe.fit.model import LensModel
 from lenspipe.image.source_plane import light_centre
 from lenspipe.prior_map import PriorMap
+from lenspipe.source.base import pushed_forward
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.view import Drawn, moved_centre
 
@@ -33,7 +34,7 @@ class Following:
 
     columns: [o], of the unknowns that follow; answer: [lens, o, o], A; axes: of the place, those that are free and not
     folded; centre: [lens, axis], of the decoder's light at the maximum; pull: [lens, axis], how far one unit of it
-    moves the place; drawn_by: [k, pixel], from an image to the weights that draw it.
+    moves the place of a source whose size is 1; drawn_by: [k, pixel], from an image to the weights that draw it.
     """
 
     model: LensModel
@@ -55,7 +56,7 @@ class Following:
         weights = range(named.shape[1] + source.latents, model.size)
         columns = torch.tensor([*place, *weights], device=w.device)
         own = hessian[:, columns][:, :, columns]
-        size, slopes = model.parameters(w)["source_size"], model.priors.linearise(named)[1]
+        slopes = model.priors.linearise(named)[1]
         drawn_by = torch.linalg.pinv(source.basis.flatten(1).double().T).to(w)
         return cls(
             model,
@@ -63,7 +64,7 @@ class Following:
             (torch.eye(len(columns), device=w.device) - torch.linalg.inv(own)).to(w),
             axes,
             centre_of(source.decoded(model.split(w)[1]), axes),
-            -size[:, None] / slopes[:, place],
+            -1 / slopes[:, place],
             drawn_by,
         )
 
@@ -76,12 +77,25 @@ class Following:
         own = {name: getattr(self, name)[rows] for name in ("answer", "centre", "pull")}
         return replace(self, model=self.model.take(rows), **own)
 
-    def followed(self, decoded: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """A e(z) [n, size] where decoded images are [n, m, m], of the lenses at `rows` [n]; zero for what stays."""
-        moved = self.pull[rows] * (centre_of(decoded, self.axes) - self.centre[rows])
+    def followed(self, x: Tensor, decoded: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """A e [n, size] where decoded images are [n, m, m], of the lenses at `rows` [n]; zero for what stays.
+
+        x: [n, size]; that of w is the same, as sizes and latents are.
+        """
+        pull = self.pull[rows] * self.model.parameters(x)["source_size"][:, None]
+        moved = pull * (centre_of(decoded, self.axes) - self.centre[rows])
         e = torch.cat([moved, decoded.flatten(1) @ self.drawn_by.T], 1)
         answer = (self.answer[rows] @ e[..., None])[..., 0]
         return answer.new_zeros(len(answer), self.model.size).index_copy(1, self.columns, answer)
+
+    def sizes(self, named: Tensor) -> tuple[Tensor, Tensor]:
+        """Sizes of the sources [n], and their derivatives with respect to the named unknowns [n, named]."""
+        values, slopes = self.model.priors.linearise(named)
+
+        def size(values: Tensor) -> tuple[Tensor]:
+            return (self.model.physical(values)["source_size"],)
+
+        return size(values)[0], slopes * pushed_forward(size, values)[0]
 
     def decoded(self, w: Tensor) -> Tensor:
         """The decoder's images of unknowns w or x [n, size]: the latents of both are the same."""
@@ -89,11 +103,11 @@ class Following:
 
     def to_following(self, w: Tensor) -> Tensor:
         """x [lens, size] of w [lens, size]."""
-        return w + self.followed(self.decoded(w))
+        return w + self.followed(w, self.decoded(w))
 
     def from_following(self, x: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """w [n, size] of x [n, size] of the lenses at `rows` [n]."""
-        return x - self.followed(self.decoded(x), rows)
+        return x - self.followed(x, self.decoded(x), rows)
 
     def value_and_gradient(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As of `LensModel`, with respect to x; the decoder draws once."""
@@ -101,7 +115,7 @@ class Following:
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             decoded = self.decoded(x)
-            w = x - self.followed(decoded, slice(None) if rows is None else rows)
+            w = x - self.followed(x, decoded, slice(None) if rows is None else rows)
             field = learned(model).field(model.split(w)[1])
             sources = Drawn(decoded + field, decoded, model.optics.interpolation)
             value = model.log_density(w, rows=rows, sources=sources)
@@ -115,14 +129,18 @@ class Following:
     @torch.no_grad()
     def changed(self, x: Tensor, hessian: Tensor) -> Tensor:
         """In x what the model's own Hessians [lens, size, size] are there."""
-        source, of_source = learned(self.model), self.model.split(x)[1]
-        begin = x.shape[1] - source.size
+        source, (named, of_source) = learned(self.model), self.model.split(x)
+        begin, decoded = named.shape[1], self.decoded(x)
         slopes = source.linearise(of_source)[1][:, : source.latents]
-        moved = torch.stack(moved_centre(self.decoded(x), slopes), -1)[..., self.axes]
-        e = torch.cat([self.pull[:, None] * moved, slopes.flatten(2) @ self.drawn_by.T], -1)  # [lens, latent, o]
+        size, by_named = self.sizes(named)
+        away = self.pull * (centre_of(decoded, self.axes) - self.centre)
+        moved = torch.stack(moved_centre(decoded, slopes), -1)[..., self.axes]
+        place = torch.cat([by_named[..., None] * away[:, None], size[:, None, None] * self.pull[:, None] * moved], 1)
+        weights = slopes.flatten(2) @ self.drawn_by.T
+        weights = torch.cat([weights.new_zeros(len(x), begin, weights.shape[2]), weights], 1)
+        e = torch.cat([place, weights], 2)  # [lens, named and latent, o]
         jacobian = torch.eye(x.shape[1], dtype=torch.float64, device=x.device).repeat(len(x), 1, 1)
-        latents = torch.arange(begin, begin + source.latents, device=x.device)
-        jacobian[:, self.columns[:, None], latents] -= (self.answer @ e.mT).double()
+        jacobian[:, self.columns, : e.shape[1]] -= (self.answer @ e.mT).double()
         return jacobian.mT @ hessian @ jacobian
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,23 @@ def test_images_hold_still_where_latents_move(kind: str) -> None:
     alone = (chains.model.residuals(w + step) - at).square().sum((1, 2))
     followed = (chains.model.residuals(chains.from_following(x + step)) - at).square().sum((1, 2))
     assert (followed < 0.8 * alone).all(), followed / alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_frame_stays_whatever_its_size(kind: str) -> None:
+    """Where all is undone, so is the move of the frame: also of one larger than at the maximum."""
+    chains, w = following(kind)
+    w[:, chains.model.priors.free.index("source_size")] += torch.tensor([0.0, 1.0, 2.0])
+    chains = replace(chains, answer=torch.eye(len(chains.columns)).double().expand_as(chains.answer))
+    source = chains.model.source
+    assert isinstance(source, LearnedSource)
+    first = w.shape[1] - source.size
+    step = torch.zeros_like(w)
+    step[:, first : first + source.latents] = 0.3
+    moved = chains.from_following(chains.to_following(w) + step)
+    before, alone, after = (chains.model.source_frame(at) for at in (w, w + step, moved))
+    assert float((alone - before).abs().amax(1).min()) > 1e-3
+    torch.testing.assert_close(after, before)
 
 
 def test_a_place_that_is_given_does_not_move() -> None:
