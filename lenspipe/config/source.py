@@ -29,7 +29,7 @@ class Vae(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate over the epochs")
     epochs: Count = Field(100, description="greatest number of epochs")
     patience: Count = Field(15, description="stop after this many epochs without a better validation ELBO")
-    augment: bool = Field(True, description="turn, flip and shift the training images at random")
+    augment: bool = Field(True, description="turn and flip the training images at random")
     noise: float = Field(0, ge=0, lt=1, description="sd of noise added to the encoder's training images [peak flux]")
     ema: Fraction = Field(
         0, description="what the moving average of the weights, which is kept, retains at each step; 0: none"

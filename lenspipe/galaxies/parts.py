@@ -27,7 +27,7 @@ from lenspipe.galaxies.catalogue import GalaxyStamp, ImageFile
 from lenspipe.galaxies.neighbours import without_neighbours
 from lenspipe.galaxies.psf import psf_fwhms
 from lenspipe.galaxies.selection import Tally, square
-from lenspipe.galaxies.stamps import downscale, feather, noise_factor, normalised
+from lenspipe.galaxies.stamps import centred, downscale, feather, noise_factor, normalised
 
 Images = ImageFile | StampArchive
 AFTERWARDS = {"inputs", "validation_fraction", "test_fraction"}  # settings that no part depends on
@@ -147,7 +147,7 @@ def cut(images: Images, settings: Galaxies, seed: int) -> Part:
 def learnable(settings: Galaxies, stamp: GalaxyStamp) -> Galaxy:
     """The square image of peak 1, with the noise and pixel scale that it has then."""
     cutout, side = square(stamp, settings), settings.stamp_size
-    image, peak = normalised(feather(downscale(cutout, side), settings.edge_feather))
+    image, peak = normalised(centred(feather(downscale(cutout, side), settings.edge_feather)))
     noise_sd = stamp.noise_sd * noise_factor(len(cutout), side) / peak
     return Galaxy(stamp.name, image.astype(np.float32), noise_sd, stamp.pixel_scale * len(cutout) / side)
 

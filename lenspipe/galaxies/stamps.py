@@ -1,6 +1,6 @@
 """From a stamp of any shape to the square image that the source model learns.
 
-crop to a square about the light -> average down to 64x64 -> taper the edge -> divide by the maximum.
+crop to a square about the light -> average down to 64x64 -> taper the edge -> centre the light -> divide by the peak.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_fill_holes, center_of_mass, distance_transform_edt, uniform_filter
+from scipy.ndimage import binary_fill_holes, center_of_mass, distance_transform_edt, fourier_shift, uniform_filter
 from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
@@ -79,6 +79,19 @@ def feather(image: Array, width: int) -> Array:
     support = np.pad(binary_fill_holes(image != 0), 1)
     inside = distance_transform_edt(support)[1:-1, 1:-1]
     return np.asarray(image * np.sin(np.pi / 2 * np.clip(inside / (width + 1), 0, 1)) ** 2)
+
+
+def centred(image: Array) -> Array:
+    """A tapered image, moved so that the centroid of the square of its brightness is in its middle.
+
+    That centroid is where a lens has its source (`image.source_plane.light_centre`). A decoder that can move a galaxy
+    in its frame competes with the source's position, and chains do not mix. Moved by the Fourier transform: white
+    noise stays what it is.
+    """
+    middle, room = (np.array(image.shape) - 1) / 2, max(image.shape) // 4
+    move = middle - center_of_mass(smoothed(image) ** 2)
+    spectrum = np.fft.fft2(np.pad(image, room))  # padded: what leaves the frame does not come back at the other side
+    return np.asarray(np.fft.ifft2(fourier_shift(spectrum, move)).real[room:-room, room:-room])
 
 
 def normalised(image: Array) -> tuple[Array, float]:

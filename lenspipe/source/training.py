@@ -202,16 +202,12 @@ def held_out_elbo(vae: VAE, images: Tensor, batch_size: int) -> float:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Images [galaxy, 64, 64] turned by a random angle, flipped at random, shifted by up to half a pixel.
-
-    No more: a decoder that can shift a galaxy competes with the source's position, and chains do not mix.
-    """
+    """Images [galaxy, 64, 64] turned by a random angle and flipped at random: their light stays in the middle."""
     n = len(images)
     angle = 2 * math.pi * torch.rand(n)
     flip = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
-    shift = (2 * torch.rand(n, 2) - 1) / images.shape[-1]
-    c, s = torch.cos(angle), torch.sin(angle)
-    affine = torch.stack([torch.stack([c * flip, -s, shift[:, 0]], 1), torch.stack([s * flip, c, shift[:, 1]], 1)], 1)
+    c, s, zero = torch.cos(angle), torch.sin(angle), torch.zeros(n)
+    affine = torch.stack([torch.stack([c * flip, -s, zero], 1), torch.stack([s * flip, c, zero], 1)], 1)
     grid = functional.affine_grid(affine.to(images), [n, 1, *images.shape[1:]], align_corners=False)
     return functional.grid_sample(images[:, None], grid, mode="bicubic", align_corners=False)[:, 0]
 

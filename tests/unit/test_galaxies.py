@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from astropy.io import fits
 from astropy.table import Table
@@ -25,7 +26,16 @@ from lenspipe.galaxies.exclusion import Level, Sample, excluded_rows
 from lenspipe.galaxies.ingest import ingest, random_split
 from lenspipe.galaxies.parts import learnable
 from lenspipe.galaxies.selection import CUTS, Tally, signal_to_noise
-from lenspipe.galaxies.stamps import downscale, feather, half_light_radius, light_centre, noise_factor, square_stamp
+from lenspipe.galaxies.stamps import (
+    centred,
+    downscale,
+    feather,
+    half_light_radius,
+    light_centre,
+    noise_factor,
+    square_stamp,
+)
+from lenspipe.image import source_plane
 from lenspipe.survey import CATALOGUE, write_survey
 
 EVEN = Galaxies(validation_fraction=0.3, test_fraction=0.3)
@@ -587,3 +597,22 @@ def test_real_archives_and_catalogues_are_ingested(real_galaxies: Path, tmp_path
 
 def test_default_input_is_the_survey() -> None:
     assert Galaxies().inputs == (SurveyInput(),)
+
+
+def test_light_is_centred_where_sources_have_their_place() -> None:
+    """By fractions of a pixel, and without a change of its shape or of the noise."""
+    rng = np.random.default_rng(1)
+    noise = 0.02 * rng.normal(size=(64, 64))
+    lopsided = blob((64, 64), 33.3, 29.6, sd=5.0) + 0.5 * blob((64, 64), 40.0, 36.0, sd=3.0)
+    moved = centred(feather(lopsided + noise, 4))
+    centre = torch.stack(source_plane.light_centre(torch.from_numpy(moved)[None]))
+    assert float(centre.abs().max()) * 64 < 0.1
+    assert moved.max() == pytest.approx((lopsided + noise).max(), abs=0.05)
+    assert moved.sum() == pytest.approx(feather(lopsided + noise, 4).sum(), rel=0.01)
+    speckle = np.pad(rng.normal(size=(48, 48)), 8)
+    assert np.linalg.norm(centred(speckle)) == pytest.approx(np.linalg.norm(speckle), rel=0.01)
+
+
+def test_light_that_leaves_the_frame_does_not_come_back() -> None:
+    moved = centred(blob((64, 64), 31.5, 40.0, sd=3.0) + 0.2 * blob((64, 64), 31.5, 4.0, sd=1.5))
+    assert np.abs(moved[:, -8:]).max() < 0.01
