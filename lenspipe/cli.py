@@ -294,23 +294,24 @@ def check_lenses(
     ] = None,
 ) -> None:
     """Say of every lens of a table whether it can be used, or why not, before anything runs."""
-    from lenspipe.catalogue.observed import read_lens
-    from lenspipe.catalogue.tables import read_table
+    from lenspipe.catalogue.tables import read_entry, read_table, unused
     from lenspipe.config import Config, Preparation
 
     listing, unusable = Console(highlight=False, soft_wrap=True), 0
     with plain_errors():
-        entries = read_table(table)
+        entries, left = read_table(table), unused(table)
         own = load_config(config) if config else Config()
         preparation = (own.catalogue.preparation or Preparation()) if prepare else None
     for entry in entries:
         try:
-            lens = read_lens(entry.files, preparation, own.lens.psf_supersampling)
+            lens = read_entry(entry, preparation, own.lens.psf_supersampling)
         except InputError as error:
             unusable += 1
             listing.print(f"{entry.name}: [red]unusable:[/red] {escape(str(error))}")
         else:
             listing.print(f"{entry.name}: [green]usable:[/green] {escape(lens.in_words())}")
+    if left:
+        listing.print(escape(f"not used: {', '.join(left)}"))
     listing.print(f"{len(entries) - unusable} of {len(entries)} lenses can be used")
     if unusable:
         raise typer.Exit(1)

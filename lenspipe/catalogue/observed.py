@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,6 @@ import numpy as np
 from astropy.io import fits
 from astropy.units import Unit, UnitBase, UnrecognizedUnit
 from astropy.wcs import WCS, FITSFixedWarning
-from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
@@ -24,6 +24,17 @@ from lenspipe.image.psf import of_pixels
 
 NOISE_MASKED = 1e6  # a noise this many times its median marks a masked pixel
 SCALE_KEYWORDS = ("PIXSCALE", "PIXSCAL", "SECPIX")  # ["], where the header has no WCS
+LINEAR = ("CD1_1", "CD1_2", "CDELT1", "PC1_1")  # one of these is in the header where a WCS has a scale
+DISTORTIONS = re.compile(r"(CPDIS|CPERR|CQDIS|CQERR|DP|DQ|D2IM|AXISCORR|[AB]P?_)")  # begin keywords of a WCS's
+SCALES_DIFFER = 0.02  # share by which two pixel scales of one image are not the same
+LEAST_SIDE = 16  # of an image [px]
+FEWEST = 50  # pixels that can be fitted
+OFF_CENTRE = 0.6  # how far the centre of a PSF may be off its middle pixel [px]: half of one where a side is even
+NO_NOISE = 1e-3  # a noise this many times its median is none
+SUNK = 50.0  # how far below zero [noise] a pixel is no measurement
+FEW = 0.01  # share of pixels that may be so, or exactly zero
+SKY = 10.0  # level [noise of a pixel] of an image's outskirts above which it is told of; halos have 1 to 4
+INFLATED = 3.0  # factor by which empty sky scatters more, or less, than the noise map says above which it is told of
 
 
 @dataclass(frozen=True)
@@ -90,27 +101,39 @@ class LensImage:
 def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supersampling: int = 1) -> LensImage:
     """Read and check one lens, and make it ready where `preparation` says how.
 
-    psf_supersampling: values of the PSF per pixel side. A pixel without a finite image or noise must be masked. Raises
-    InputError naming the file, what was found and what was expected.
+    psf_supersampling: values of the PSF per pixel side. A pixel without a finite image must be masked, or have a noise
+    that is not finite. Raises InputError naming the file, what was found and what was expected.
     """
-    (image, header), psf = _first_image(files.image), read_image(files.psf)
+    image, header = _first_image(files.image)
+    if min(image.shape) < LEAST_SIDE:
+        raise InputError(f"{files.image}: the image is {_size(image)} px; its sides must be at least {LEAST_SIDE}")
     usable, image_unit = _mask(files, image), _image_unit(header)
-    _refuse(files.image, "not a number", ~np.isfinite(image) & usable)
-    noise, origin, doubts = _noise(files, np.where(usable, image, 0.0), usable, image_unit)
+    finite = usable & np.isfinite(image)
+    noise, origin, doubts = _noise(files, np.where(finite, image, 0.0), finite, image_unit)
     _refuse(origin, "not a number", np.isnan(noise) & usable)
     _refuse(origin, "zero or negative noise", (noise <= 0) & usable)
     if not usable.any():
-        raise InputError(f"{files.mask}: every pixel is masked")
-    usable &= noise < NOISE_MASKED * np.median(noise[usable])
+        raise InputError(f"{files.mask}: every pixel is masked; if it has 0 where pixels are bad, set mask_bad to 0")
+    median = np.median(noise[usable])
+    _refuse(origin, f"a noise below {NO_NOISE:g} times its median", (noise < NO_NOISE * median) & usable)
+    usable &= noise < NOISE_MASKED * median
     if not usable.any():
         raise InputError(f"{origin}: no pixel has a finite noise")
+    _refuse(files.image, "not a number", ~np.isfinite(image) & usable)
     image, noise = np.where(usable, image, 0.0), np.where(usable, noise, 1.0)
-    psf, notes = _kernel(files.psf, psf, [psf_supersampling * side for side in image.shape])
+    usable, strange = _measured(image, noise, usable, origin)
+    scale, north, parity, of_wcs = _orientation(files, header)
+    psf, of_psf = _kernel(files.psf, [psf_supersampling * side for side in image.shape], scale / psf_supersampling)
     of_its_pixels = of_pixels(psf, psf_supersampling)
-    scale, north, parity = _orientation(files, header)
-    lens = LensImage(image, noise, usable, psf, scale, 1.0, 1.0, 0.0, north, parity, image_unit, notes=notes + doubts)
+    notes = (*of_psf, *doubts, *strange, *of_wcs)
+    lens = LensImage(image, noise, usable, psf, scale, 1.0, 1.0, 0.0, north, parity, image_unit, notes=notes)
     if preparation is not None:
         lens = _made_ready(lens, files, preparation, of_its_pixels)
+    if lens.usable.sum() < FEWEST:
+        raise InputError(
+            f"{files.image}: only {lens.usable.sum()} pixels of {scale:.4g} arcsec are left to fit; see its mask, its "
+            "pixel scale and, where they are given, center_column, center_row and fit_radius"
+        )
     _refuse_point_images(files.image, lens, of_its_pixels)
     unit = files.flux_unit or (lens.prepared.flux_unit if lens.prepared else float(gaussian_filter(image, 1.0).max()))
     if not unit > 0:
@@ -120,12 +143,37 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supe
     return replace(lens, flux_unit=unit, light_unit=light_unit, signal_to_noise=found)
 
 
+def _measured(
+    image: NDArray[np.float64], noise: NDArray[np.float64], usable: NDArray[np.bool_], origin: Path
+) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """The usable pixels without a few far below zero, and what was found of these and of exact zeros."""
+    notes = []
+    sunk, blank = usable & (image < -SUNK * noise), usable & (image == 0)
+    if sunk.sum() > FEW * usable.sum():
+        raise InputError(
+            f"{origin}: {sunk.sum()} pixels of the image are more than {SUNK:g} times this noise below zero; is it a "
+            "variance or a weight map, or the sky of the image taken off twice?"
+        )
+    if sunk.any():
+        notes.append(f"{sunk.sum()} px more than {SUNK:g} times the noise below zero masked")
+    if blank.sum() > FEW * usable.sum():
+        notes.append(f"{blank.sum()} px are exactly 0; mask them if there is no image there")
+    return usable & ~sunk, tuple(notes)
+
+
 def _made_ready(lens: LensImage, files: LensFiles, preparation: Preparation, psf: NDArray[np.float64]) -> LensImage:
     try:
         found = prepare(lens.image, lens.noise, lens.usable, psf, lens.pixel_scale, preparation, files.wishes)
     except InputError as error:
         raise InputError(f"{files.image}: {error}") from None
-    return replace(lens, image=found.image, noise=found.noise, usable=found.usable, prepared=found)
+    notes = list(lens.notes)
+    if not 1 / INFLATED < found.noise_inflation < INFLATED:
+        notes.append(f"empty sky scatters {found.noise_inflation:.3g} times as much as the noise says")
+    sky = found.background / float(np.median(lens.noise[lens.usable]))
+    if abs(sky) > SKY:
+        notes.append(f"{found.background:.4g} of sky is left in the image, {sky:.3g} times the noise of a pixel")
+    image, noise, usable = found.image, found.noise, found.usable
+    return replace(lens, image=image, noise=noise, usable=usable, prepared=found, notes=tuple(notes))
 
 
 def _mask(files: LensFiles, image: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -147,6 +195,8 @@ def _noise(
 ) -> tuple[NDArray[np.float64], Path, tuple[str, ...]]:
     """The noise map [ny, nx], the file to blame for it and what looks wrong with its unit."""
     if files.noise is not None:
+        if files.noise == files.image:
+            raise InputError(f"{files.noise}: the noise map is the image itself; write it to a file of its own")
         noise, header = _first_image(files.noise)
         if noise.shape != image.shape:
             raise InputError(
@@ -177,10 +227,25 @@ def _unit(text: str) -> UnitBase | str:
     return small
 
 
-def _kernel(path: Path, psf: NDArray[np.float64], shape: Sequence[int]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """The PSF with a sum of 1, no larger than the image, and what was done to it."""
+def _kernel(path: Path, shape: Sequence[int], scale: float) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """The PSF with a sum of 1, no larger than `shape`, the image, and what was done to it; scale: of its values ["]."""
+    psf, header = _first_image(path)
     if not np.isfinite(psf).all() or psf.sum() <= 0:
         raise InputError(f"{path}: the PSF must be finite with a sum above zero, found a sum of {psf.sum():g}")
+    weight = np.square(psf)
+    row, column = ((weight * place).sum() / weight.sum() for place in np.indices(psf.shape))
+    middle = [side // 2 for side in psf.shape]
+    if max(abs(row - middle[0]), abs(column - middle[1])) > OFF_CENTRE:
+        raise InputError(
+            f"{path}: the PSF of {_size(psf)} px has its centre at column {column:.1f}, row {row:.1f}, counted from 0; "
+            f"it must be at column {middle[1]}, row {middle[0]}"
+        )
+    said = _scale_of(header)
+    if abs(said - scale) > SCALES_DIFFER * scale:
+        raise InputError(
+            f"{path}: the header says {said:.4g} arcsec a pixel, the image {scale:.4g} for each value of the PSF; give "
+            "one on the image's pixels, or set lens.psf_supersampling"
+        )
     notes: tuple[str, ...] = ()
     sides = [min(k, n - (n - k) % 2) for k, n in zip(psf.shape, shape, strict=True)]  # even or odd as before
     if tuple(sides) != psf.shape:
@@ -192,30 +257,58 @@ def _kernel(path: Path, psf: NDArray[np.float64], shape: Sequence[int]) -> tuple
     return psf / psf.sum(), notes
 
 
-def _orientation(files: LensFiles, header: fits.Header) -> tuple[float, float, float]:
-    """Pixel scale ["], from the table or the header; direction of North [rad] and parity, from the header."""
-    north = parity = scale = np.nan
+def _scale_of(header: fits.Header) -> float:
+    """The pixel scale that a header names ["]; not a number where there is none."""
+    for key in SCALE_KEYWORDS:
+        try:
+            return float(header[key])
+        except (KeyError, TypeError, ValueError):
+            continue
+    return np.nan
+
+
+def _orientation(files: LensFiles, header: fits.Header) -> tuple[float, float, float, tuple[str, ...]]:
+    """Pixel scale ["], from the table or the header; direction of North [rad] and parity, from the header; notes."""
+    scale, north, parity, notes = _scale_of(header), np.nan, np.nan, []
+    try:
+        if "CTYPE1" in header and any(key in header for key in LINEAR):
+            scale, north, parity = _on_the_sky(header)
+    except InputError as error:
+        raise InputError(f"{files.image}: {error}") from None
+    except Exception as error:  # of astropy's, of a dozen kinds
+        if files.pixel_scale is None and not scale > 0:
+            raise InputError(
+                f"{files.image}: its WCS cannot be read ({error}); give the pixel scale [arcsec] in the column "
+                "pixel_scale"
+            ) from None
+        notes.append("its WCS cannot be read: North is not known")
+    if files.pixel_scale is not None:
+        if abs(scale - files.pixel_scale) > SCALES_DIFFER * files.pixel_scale:
+            notes.append(f"pixels of {files.pixel_scale:.4g} arcsec by the table, {scale:.4g} by the header")
+        scale = files.pixel_scale
+    if not 0 < scale < np.inf:
+        found = "has no WCS" if np.isnan(scale) else f"says {scale:g} arcsec a pixel"
+        raise InputError(f"{files.image}: the header {found}; give the pixel scale [arcsec] in the column pixel_scale")
+    return scale, north, parity, tuple(notes)
+
+
+def _on_the_sky(header: fits.Header) -> tuple[float, float, float]:
+    """Scale ["], direction of North [rad] and parity in the middle of an image, by its WCS without distortions."""
+    plain = fits.Header([card for card in header.cards if not DISTORTIONS.match(card.keyword)])
+    for axis in ("CTYPE1", "CTYPE2"):
+        plain[axis] = str(plain[axis]).removesuffix("-SIP")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
-        wcs = WCS(header).celestial if "CTYPE1" in header else None
-    if wcs is not None and wcs.naxis == 2:
-        scales = proj_plane_pixel_scales(wcs) * 3600
-        if np.ptp(scales) > 0.01 * scales.mean():
-            raise InputError(
-                f"{files.image}: pixels of {scales[0]:.4g} x {scales[1]:.4g} arcsec; only square ones can be fitted"
-            )
-        scale = float(scales.mean())
-        east, up = np.linalg.inv(wcs.pixel_scale_matrix).T  # pixel steps of a degree to the East and to the North
-        north = float(np.arctan2(up[1], up[0]))
-        parity = float(np.sign(up[0] * east[1] - up[1] * east[0]))
-    else:
-        scale = next((float(header[key]) for key in SCALE_KEYWORDS if key in header), np.nan)
-    scale = files.pixel_scale if files.pixel_scale is not None else scale
-    if not scale > 0:
-        raise InputError(
-            f"{files.image}: the header has no WCS; give the pixel scale [arcsec] in the column pixel_scale"
-        )
-    return scale, north, parity
+        wcs = WCS(plain).celestial
+    x, y = ((int(header[f"NAXIS{axis}"]) - 1) / 2 for axis in (1, 2))
+    middle, right, up = (wcs.pixel_to_world(x + dx, y + dy).icrs for dx, dy in ((0, 0), (1, 0), (0, 1)))
+    scales = [middle.separation(step).arcsec for step in (right, up)]
+    if np.ptp(scales) > 0.01 * np.mean(scales):
+        raise InputError(f"pixels of {scales[0]:.4g} x {scales[1]:.4g} arcsec; only square ones can be fitted")
+    angles = [middle.position_angle(step).rad for step in (right, up)]
+    parity = float(np.sign(np.sin(angles[1] - angles[0])))
+    north = float(np.angle(np.exp(-1j * parity * angles[0])))
+    return float(np.mean(scales)), north, parity
 
 
 def _refuse_point_images(path: Path, lens: LensImage, psf: NDArray[np.float64]) -> None:
@@ -237,22 +330,28 @@ def read_image(path: Path) -> NDArray[np.float64]:
 
 def _first_image(path: Path) -> tuple[NDArray[np.float64], fits.Header]:
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        hint = "; extensions cannot be named, give each image a file of its own" if path.name.endswith("]") else ""
+        raise InputError(f"{path}: no such file{hint}")
+    shapes = []
     try:
         with fits.open(path, memmap=False) as hdus:
             for hdu in hdus:
-                if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and hdu.header["NAXIS"] == 2:
-                    return np.asarray(hdu.data, dtype=np.float64), hdu.header
-    except (OSError, TypeError, ValueError, KeyError) as error:
+                if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and hdu.data is not None:
+                    if (flat := np.squeeze(hdu.data)).ndim == 2:
+                        return np.asarray(flat, dtype=np.float64), hdu.header
+                    shapes.append(" x ".join(map(str, hdu.data.shape[::-1])))
+    except Exception as error:  # of astropy's and of the decompression's, of a dozen kinds
         raise InputError(f"{path}: not a readable FITS file ({error}); it may be truncated, fetch it again") from None
-    raise InputError(f"{path}: no two-dimensional image in this FITS file")
+    found = f", found {', '.join(shapes)}" if shapes else ""
+    raise InputError(f"{path}: no two-dimensional image in this FITS file{found}")
 
 
 def _refuse(path: Path, what: str, bad: NDArray[np.bool_]) -> None:
     if bad.any():
         y, x = np.argwhere(bad)[0]
         raise InputError(
-            f"{path}: {bad.sum()} pixels with {what}, the first at x = {x}, y = {y}; mask them or mend the file"
+            f"{path}: {bad.sum()} pixels with {what}, the first at x = {x}, y = {y}; mask them, by a mask or an "
+            "infinite noise, or mend the file"
         )
 
 

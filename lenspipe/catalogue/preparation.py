@@ -123,7 +123,11 @@ def prepare(
     arc_radius = float((weights * radius).sum() / weights.sum()) if weights.any() else np.nan
     residual = np.where(usable, image - light, 0.0)
     snr = float(residual[arcs & usable].sum() / np.sqrt(np.square(noise[arcs & usable]).sum())) if arcs.any() else 0.0
-    fit_radius = wishes.fit_radius or disc(radius, weights if snr >= SURE else np.zeros_like(weights), settings)
+    corner = float(radius.max())
+    if (wishes.fit_radius or 0) > corner:
+        raise InputError(f"fit_radius {wishes.fit_radius:g} arcsec is more than the image has, {corner:.3g} arcsec")
+    sure = weights if snr >= SURE else np.zeros_like(weights)
+    fit_radius = wishes.fit_radius or min(corner, disc(radius, sure, settings))
     within = radius < fit_radius
     arcs &= within
     reach = max(2, round(0.15 / pixel_scale))
@@ -172,17 +176,23 @@ def deflector(
     """Column and row of the brightest peak near the middle of the image, to a fraction of a pixel."""
     if (wishes.column is None) != (wishes.row is None):
         raise InputError("one of center_column and center_row is given: give both, or none")
-    if wishes.column is not None and wishes.row is not None:
-        return wishes.column, wishes.row
     ny, nx = image.shape
+    if wishes.column is not None and wishes.row is not None:
+        if not (-0.5 <= wishes.column < nx and -0.5 <= wishes.row < ny):
+            raise InputError(
+                f"center_column {wishes.column:g}, center_row {wishes.row:g} are outside of the image of {nx} x {ny} px"
+            )
+        return wishes.column, wishes.row
     pixels = np.indices(image.shape)
     y, x = pixels[0], pixels[1]
     near = np.hypot(x - (nx - 1) / 2, y - (ny - 1) / 2) * pixel_scale <= settings.centre_within
     smooth = gaussian_filter(np.where(usable, image, 0.0), 1.5)
-    if not (near & usable).any() or smooth[near & usable].max() <= 3 * np.median(noise[usable]):
+    around = smooth[near & usable]
+    if not len(around) or around.max() <= 3 * np.median(noise[usable]) or np.ptp(around) == 0:
         raise InputError(
             f"no deflector within {settings.centre_within:g} arcsec of the middle of the image: centre the image on "
-            "it, or give its pixel in the columns center_column and center_row"
+            "it, or give its pixel in the columns center_column and center_row; a mask that is read the wrong way "
+            "around (mask_bad) hides it, too"
         )
     row, column = divmod(int(np.where(near & usable, smooth, -np.inf).argmax()), nx)
     at = np.s_[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]

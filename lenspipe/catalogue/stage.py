@@ -20,8 +20,8 @@ from rich.progress import track
 
 from lenspipe import artefact
 from lenspipe.catalogue.batch import LensBatch
-from lenspipe.catalogue.observed import LensImage, read_lens
-from lenspipe.catalogue.tables import Entry, read_entries
+from lenspipe.catalogue.observed import LensImage
+from lenspipe.catalogue.tables import Entry, read_entries, read_entry
 from lenspipe.config import Catalogue, expand_path
 from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
@@ -62,7 +62,7 @@ def write_catalogue(settings: Catalogue, mocks: Path | None, out: Path, psf_supe
             row: dict[str, object] = {"name": entry.name, "origin": entry.origin, "pixel_scale": np.nan}
             try:
                 preparation = None if entry.origin == "mock" else settings.preparation
-                lens = read_lens(entry.files, preparation, psf_supersampling)
+                lens = read_entry(entry, preparation, psf_supersampling)
             except InputError as error:
                 row |= {"status": "failed", "reason": str(error), "bucket": "", "snr": np.nan, "hash": ""}
             else:

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import csv
-import io
+import logging
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from astropy.table import Table
+from astropy.units import Quantity, UnitConversionError
 
-from lenspipe.catalogue.observed import LensFiles
+from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
 from lenspipe.catalogue.preparation import Wishes
-from lenspipe.config import NAME, Catalogue, Config, ObservedLens, expand_path
+from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, expand_path
 from lenspipe.errors import ConfigError, InputError
+from lenspipe.posteriors.store import PARAMETERS
+
+log = logging.getLogger("lenspipe")
 
 REQUIRED = ("name", "image", "psf")
 WISHES = ("center_column", "center_row", "fit_radius")
-POSITIVE = ("pixel_scale", "flux_unit", "background_rms", "exposure_time", "gain", "fit_radius")
-NUMBERS = (*POSITIVE, "mask_bad", "center_column", "center_row", "zero_point", "z_lens", "z_source")
+POSITIVE = ("pixel_scale", "flux_unit", "background_rms", "exposure_time", "gain", "fit_radius", "z_lens", "z_source")
+NUMBERS = (*POSITIVE, "mask_bad", "center_column", "center_row", "zero_point")
+LENS_NUMBERS = ("pixel_scale", "flux_unit", "background_rms", "exposure_time", "gain")  # of `LensFiles`
+COLUMNS = (*REQUIRED, "noise", "mask", *NUMBERS)
+TRUE = "true_"  # begins the name of a column with true values of a parameter
+TRUTHS = (*PARAMETERS, "r_Ein")  # those of every lens
+ALIKE = 0.75  # how much the name of a column that is not known may be like one that is, of 1
+UNITS = {"pixel_scale": "arcsec", "fit_radius": "arcsec", "exposure_time": "s"}  # of columns that may say another
+UNITS |= {"center_column": "pix", "center_row": "pix"}
 FITS_TABLES = (".fits", ".fit", ".fits.gz")
-NOISE_NAMES = ("noise.fits", "noise_map.fits")  # of a lens in a folder of its own
+SEPARATORS = (",", ";", "\t", "|")  # of the cells of text; blanks where the line of names has none of them
+IMAGES = (".fits", ".fits.gz", ".fits.fz", ".fit")  # how the files of a lens in a folder of its own end
+KINDS = {"image": ("image",), "psf": ("psf",), "noise": ("noise", "noise_map"), "mask": ("mask",)}  # their names
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Entry:
     """A lens before its files are opened.
 
     facts: what else the table says of it that goes into the summary: zero_point [AB magnitude of one image unit],
-    z_lens, z_source.
+    z_lens, z_source; problem: why it cannot be used, where the table has it wrong.
     """
 
     name: str
@@ -38,6 +54,7 @@ class Entry:
     origin: str
     truth: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    problem: str = ""
 
 
 def count_lenses(config: Config) -> int:
@@ -84,58 +101,133 @@ def _table_entries(path: Path, origin: str) -> Iterator[Entry]:
     base = path if path.is_dir() else path.parent
     for row in _read_table(path).to_dict("records"):
         filled = {str(key): str(value) for key, value in row.items() if str(value) != ""}
+        problem = _problem(filled)
+        numbers = {} if problem else {key: float(filled[key]) for key in filled if _is_number(key)}
         paths = {kind: expand_path(filled[kind], base) for kind in ("noise", "mask") if kind in filled}
         image, psf = (expand_path(filled.get(kind, ""), base) for kind in ("image", "psf"))
-        numbers = {key: float(filled[key]) for key in NUMBERS if key in filled}
         wishes = Wishes(*(numbers.get(name) for name in WISHES))
-        given = {key: value for key, value in numbers.items() if key in POSITIVE and key not in WISHES}
+        given = {key: numbers[key] for key in LENS_NUMBERS if key in numbers}
         mask_bad = int(numbers.get("mask_bad", 1))
         yield Entry(
             filled["name"],
             LensFiles(image, psf, **paths, **given, mask_bad=mask_bad, wishes=wishes),  # type: ignore[arg-type]
             origin,
-            {key.removeprefix("true_"): float(value) for key, value in filled.items() if key.startswith("true_")},
+            {key.removeprefix(TRUE): value for key, value in numbers.items() if key.startswith(TRUE)},
             {key: numbers[key] for key in ("zero_point", "z_lens", "z_source") if key in numbers},
+            f"{path}: {problem}" if problem else "",
         )
+
+
+def _problem(row: dict[str, str]) -> str:
+    """What is wrong with the cells of a lens; nothing where they can be used."""
+    for column in REQUIRED:
+        if column not in row:
+            return f"the column {column} is empty"
+    for column in filter(_is_number, row):
+        try:
+            number = float(row[column])
+        except ValueError:
+            number = math.nan
+        good = math.isfinite(number) and (number > 0 or column not in POSITIVE)
+        if column == "mask_bad" and number not in (0, 1):
+            return f"mask_bad must be 0 or 1, found {row[column]!r}"
+        if not good:
+            return f"{column} must be a number{' above zero' * (column in POSITIVE)}, found {row[column]!r}"
+    if {"z_lens", "z_source"} <= row.keys() and not float(row["z_lens"]) < float(row["z_source"]):
+        return f"z_source must be beyond z_lens = {row['z_lens']}, found {row['z_source']!r}"
+    return ""
+
+
+def _is_number(column: str) -> bool:
+    return column in NUMBERS or column.startswith(TRUE)
 
 
 def _config_entry(lens: ObservedLens) -> Entry:
     image, psf = expand_path(lens.image), expand_path(lens.psf)
     noise, mask = (expand_path(text) if text else None for text in (lens.noise, lens.mask))
-    numbers = {key: getattr(lens, key) for key in (*POSITIVE, "mask_bad") if key not in WISHES}
+    numbers = {key: getattr(lens, key) for key in (*LENS_NUMBERS, "mask_bad")}
     files = LensFiles(image, psf, noise, mask, **numbers, wishes=Wishes(*(getattr(lens, key) for key in WISHES)))
     facts = {} if lens.zero_point is None else {"zero_point": lens.zero_point}
     return Entry(lens.name, files, "config", lens.truth, facts)
 
 
 def _folder_table(folder: Path) -> pd.DataFrame:
-    """A lens for every folder within that has image.fits and psf.fits, with the noise map and mask that are there."""
+    """A lens for every folder within that has FITS files, with those that have the names of `KINDS`."""
     rows = []
-    for image in sorted(folder.glob("*/image.fits")):
-        lens = image.parent
-        noise = next((name for name in NOISE_NAMES if (lens / name).is_file()), "")
-        row = {kind: f"{lens.name}/{kind}.fits" for kind in ("image", "psf", "mask")}
-        row = {kind: text for kind, text in row.items() if kind != "mask" or (folder / text).is_file()}
-        rows.append({"name": lens.name, **row, "noise": noise and f"{lens.name}/{noise}"})
+    for lens in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = sorted(file.name for file in lens.iterdir() if file.name.casefold().endswith(IMAGES))
+        named = {kind: [file for file in files if _is_called(file, names)] for kind, names in KINDS.items()}
+        for kind, found in named.items():
+            if len(found) > 1:
+                raise InputError(f"{lens}: {' and '.join(found)} may both be the {kind} of this lens; keep one")
+        if files:
+            needed = {kind: f"{lens.name}/{kind}.fits" for kind in ("image", "psf")}
+            rows.append({"name": lens.name} | needed | {k: f"{lens.name}/{f[0]}" for k, f in named.items() if f})
     if not rows:
         raise InputError(f"{folder}: no lenses in this folder; each has a folder of its own with image.fits")
     return pd.DataFrame(rows).fillna("")
 
 
+def _is_called(file: str, names: Iterable[str]) -> bool:
+    return file.casefold() in {name + ending for name in names for ending in IMAGES}
+
+
+def unused(path: Path) -> list[str]:
+    """What a table or a folder of lenses has that nothing reads: names of columns, or paths of FITS files."""
+    if not path.is_dir():
+        return [c for c in _read_table(path).columns if c not in COLUMNS and not c.startswith(TRUE)]
+    names = [name for names in KINDS.values() for name in names]
+    files = sorted(file for ending in IMAGES for file in path.glob(f"*/*{ending}"))
+    return [str(file.relative_to(path)) for file in files if not _is_called(file.name, names)]
+
+
 def _cells(path: Path) -> pd.DataFrame:
     """A table as text, whatever its format."""
-    if path.name.endswith(FITS_TABLES):
-        columns = Table.read(path)
-        text = {str(name): [_text(cell) for cell in columns[name]] for name in columns.colnames}
-        return pd.DataFrame(text, dtype=str)
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
-    stream = io.StringIO("\n".join(lines))
-    return pd.read_csv(stream, dtype=str, keep_default_na=False, sep=None, engine="python", skipinitialspace=True)
+    if path.name.endswith((*FITS_TABLES, ".ecsv")):
+        try:
+            columns = Table.read(path)
+        except Exception as error:  # astropy's readers raise what they like
+            raise InputError(f"{path}: not a readable table of lenses ({_said(error)})") from None
+        found = {str(name): columns[name] for name in columns.colnames}
+        cells = {name: [_text(cell) for cell in _in_our_unit(path, name, column)] for name, column in found.items()}
+        return pd.DataFrame(cells, dtype=str)
+    text = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = [line for line in text if line.strip() and not line.lstrip().startswith("#")]
+    separator = next((mark for mark in SEPARATORS if lines and mark in lines[0]), " ")
+    header, *rows = [_stripped(row) for row in csv.reader(lines, delimiter=separator, skipinitialspace=True)] or [[]]
+    if not header:
+        raise csv.Error("it is empty")
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(header):
+            raise InputError(f"{path}: lens {number} has {len(row)} cells for {len(header)} columns: {row}")
+    return pd.DataFrame([row + [""] * (len(header) - len(row)) for row in rows], columns=header, dtype=str)
+
+
+def _stripped(row: list[str]) -> list[str]:
+    """Cells without blanks about them, and without empty ones at the end."""
+    cells = [cell.strip() for cell in row]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
+
+
+def _in_our_unit(path: Path, name: str, column: Any) -> Any:
+    """A column in the unit that it has here; as it is where it has none."""
+    if name not in UNITS or getattr(column, "unit", None) is None:
+        return column
+    try:
+        return Quantity(column).to(UNITS[name])
+    except UnitConversionError:
+        raise InputError(f"{path}: the column {name} is in {column.unit}; give it in {UNITS[name]}") from None
 
 
 def _text(cell: object) -> str:
-    text = cell.decode() if isinstance(cell, bytes) else str(cell)
+    text = cell.decode() if isinstance(cell, bytes) else str(getattr(cell, "value", cell))
     return "" if text in ("--", "nan", "masked") else text.strip()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def read_table(path: Path) -> list[Entry]:
@@ -151,7 +243,7 @@ def read_table(path: Path) -> list[Entry]:
 def _read_table(path: Path) -> pd.DataFrame:
     """A table of lenses or a folder of them, all cells as text, empty ones as "".
 
-    Raises InputError for a missing file or column, a bad name and a cell that should be a number and is none.
+    Raises InputError for a missing file, a missing column or one with a name that is nearly right, and bad names.
     """
     if path.is_dir():
         return _checked(path, _folder_table(path))
@@ -159,30 +251,42 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: no such table of lenses")
     try:
         return _checked(path, _cells(path))
-    except (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError, OSError) as error:
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise InputError(f"{path}: not a table of lenses in UTF-8 text with a line of column names ({error})") from None
 
 
 def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    missing = [column for column in REQUIRED if column not in table.columns]
-    if missing:
-        raise InputError(f"{path}: missing column(s) {', '.join(missing)}; found {', '.join(table.columns)}")
-    for line, name in enumerate(table["name"], 1):
-        if not re.fullmatch(NAME, name):
-            raise InputError(f"{path}: lens {line} has the name {name!r}; use letters, digits and _ . + - alone")
-    for column in table.columns:
-        if column in NUMBERS or column.startswith("true_"):
-            number = pd.to_numeric(table[column], errors="coerce")
-            bad = number.isna() & (table[column] != "")
-            if column in POSITIVE:
-                bad |= number <= 0
-            if column == "mask_bad":
-                bad |= (table[column] != "") & ~number.isin([0, 1])
-            if bad.any():
-                name, found = table.loc[bad.idxmax(), ["name", column]]
-                kind = {"mask_bad": "0 or 1"}.get(column, "a number" + (" above zero" if column in POSITIVE else ""))
-                raise InputError(f"{path}: lens {name}: {column} must be {kind}, found {found!r}")
+    columns = list(table.columns)
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
+        raise InputError(f"{path}: column(s) {', '.join(twice)} occur twice; keep one of each")
+    if missing := [column for column in REQUIRED if column not in columns]:
+        raise InputError(f"{path}: missing column(s) {', '.join(missing)}; found {', '.join(columns)}")
+    for column in columns:
+        prefix, known = (TRUE, TRUTHS) if column.startswith(TRUE) else ("", COLUMNS)
+        own = column.removeprefix(prefix)
+        left = {name.casefold(): name for name in known if prefix + name not in columns}
+        if own not in known and (like := get_close_matches(own.casefold(), left, 1, ALIKE)):
+            meant = prefix + left[like[0]]
+            raise InputError(f"{path}: no column is called {column}; give it the name {meant} if it is that")
+    if table.empty:
+        raise InputError(f"{path}: no lenses below the line of column names")
+    names = enumerate(table["name"], 1)
+    if bad := [f"lens {line} has the name {name!r}" for line, name in names if not re.fullmatch(NAME, name)]:
+        raise InputError(f"{path}: {'; '.join(bad[:10])}; use letters, digits and _ . + - alone")
     return table
+
+
+def read_entry(entry: Entry, preparation: Preparation | None, psf_supersampling: int) -> LensImage:
+    """The lens, checked and made ready; see `read_lens`. Raises InputError where it cannot be used, whatever it is."""
+    if entry.problem:
+        raise InputError(entry.problem)
+    try:
+        return read_lens(entry.files, preparation, psf_supersampling)
+    except InputError:
+        raise
+    except Exception as error:  # one lens does not take the others with it
+        log.warning("lens %s", entry.name, exc_info=True)
+        raise InputError(f"{entry.files.image}: cannot be used for a reason not foreseen: {_said(error)}") from error
 
 
 def _refuse_duplicates(entries: list[Entry]) -> None:

@@ -33,4 +33,6 @@ def prior(text: str, description: str) -> Any:
 class Section(BaseModel):
     """A frozen section that knows no keys but its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False
+    )

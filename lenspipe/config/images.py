@@ -46,7 +46,7 @@ class Mocks(Section):
         return self
 
 
-NAME = r"[A-Za-z0-9_.+-]+"  # of a lens
+NAME = r"[A-Za-z0-9_.+-]*[A-Za-z0-9_+-][A-Za-z0-9_.+-]*"  # of a lens
 
 
 class ObservedLens(Section):

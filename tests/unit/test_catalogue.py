@@ -14,6 +14,7 @@ from astropy.io import fits
 from lenspipe.catalogue.observed import LensFiles, read_image, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
+from lenspipe.catalogue.tables import read_entry, read_table
 from lenspipe.config import Catalogue
 from lenspipe.errors import InputError
 from lenspipe.image.psf import gaussian_kernel
@@ -28,7 +29,7 @@ def write(path: Path, image: np.ndarray) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with one good lens."""
-    image = np.zeros((20, 24))
+    image = np.full((20, 24), 0.1)
     image[8:12, 8:12] = 5
     write(tmp_path / "image.fits", image)
     write(tmp_path / "noise.fits", np.ones((20, 24)))
@@ -125,6 +126,38 @@ def spoil(folder: Path, what: str) -> str:
         case "masked":
             write(folder / "bad.fits", image)
             return "bad,0.05,image.fits,noise.fits,psf.fits,bad.fits"
+        case "hardly any noise":
+            image[2, 3] = 1e-12
+            write(folder / "bad.fits", image)
+            return "bad,0.05,image.fits,bad.fits,psf.fits,"
+        case "tiny":
+            write(folder / "bad.fits", np.ones((3, 24)))
+            return "bad,0.05,bad.fits,bad.fits,psf.fits,"
+        case "cube":
+            fits.PrimaryHDU(np.ones((2, 20, 24))).writeto(folder / "bad.fits")
+            return "bad,0.05,bad.fits,noise.fits,psf.fits,"
+        case "psf off its middle":
+            write(folder / "bad.fits", np.pad(gaussian_kernel(1.0, 3), ((0, 2), (0, 0))))
+            return "bad,0.05,image.fits,noise.fits,bad.fits,"
+        case "psf of finer pixels":
+            fits.PrimaryHDU(gaussian_kernel(1.0), fits.Header({"PIXSCALE": 0.0125})).writeto(folder / "bad.fits")
+            return "bad,0.05,image.fits,noise.fits,bad.fits,"
+        case "few":
+            image[5:8, 5:8] = 0
+            write(folder / "bad.fits", image)
+            return "bad,0.05,image.fits,noise.fits,psf.fits,bad.fits"
+        case "wcs":
+            header = fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "RA---TAN", "CDELT1": 1e-5, "CDELT2": 1e-5})
+            fits.PrimaryHDU(image, header).writeto(folder / "bad.fits")
+            return "bad,,bad.fits,noise.fits,psf.fits,"
+        case "wcs without a scale":
+            fits.PrimaryHDU(image, fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN"})).writeto(
+                folder / "bad.fits"
+            )
+            return "bad,,bad.fits,noise.fits,psf.fits,"
+        case "scale below zero":
+            fits.PrimaryHDU(image, fits.Header({"PIXSCALE": -0.05})).writeto(folder / "bad.fits")
+            return "bad,,bad.fits,noise.fits,psf.fits,"
     raise ValueError(what)
 
 
@@ -138,13 +171,55 @@ def spoil(folder: Path, what: str) -> str:
         ("negative", "bad.fits: 1 pixels with zero or negative noise"),
         ("missing", "absent.fits: no such file"),
         ("truncated", "bad.fits: not a readable FITS file"),
-        ("masked", "every pixel is masked"),
+        ("masked", "every pixel is masked; if it has 0 where pixels are bad, set mask_bad to 0"),
+        ("hardly any noise", "bad.fits: 1 pixels with a noise below 0.001 times its median, the first at x = 3, y = 2"),
+        ("tiny", "bad.fits: the image is 24 x 3 px; its sides must be at least 16"),
+        ("cube", "no two-dimensional image in this FITS file, found 24 x 20 x 2"),
+        ("psf off its middle", "bad.fits: the PSF of 7 x 9 px has its centre at column 3.0, row 3.0"),
+        ("psf of finer pixels", "bad.fits: the header says 0.0125 arcsec a pixel, the image 0.05"),
+        ("few", "image.fits: only 9 pixels of 0.05 arcsec are left to fit"),
+        ("wcs", "bad.fits: its WCS cannot be read"),
+        ("wcs without a scale", "bad.fits: the header has no WCS; give the pixel scale"),
+        ("scale below zero", "bad.fits: the header says -0.05 arcsec a pixel"),
     ],
 )
 def test_bad_lens_is_a_row(folder: Path, what: str, reason: str) -> None:
     status, found = catalogue_of(folder, spoil(folder, what))
     assert status == "failed"
     assert reason in found
+
+
+@pytest.mark.parametrize("what", ["nan where the noise is infinite", "cube of one", "wcs"])
+def test_strange_but_good(folder: Path, what: str) -> None:
+    image = fits.getdata(folder / "image.fits").astype(float)
+    header, noise, note = fits.Header(), np.ones((20, 24)), ()
+    if what == "nan where the noise is infinite":
+        image[0, 3], noise[0, 3] = np.nan, np.inf
+    elif what == "cube of one":
+        image = image[None]
+    else:
+        header = fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "RA---TAN", "CDELT1": 1e-5, "CDELT2": 1e-5})
+        note = ("its WCS cannot be read: North is not known",)
+    fits.PrimaryHDU(image, header).writeto(folder / "image.fits", overwrite=True)
+    write(folder / "noise.fits", noise)
+    lens = read_lens(LensFiles(*(folder / f"{kind}.fits" for kind in ("image", "psf", "noise")), pixel_scale=0.05))
+    assert lens.usable.sum() == 20 * 24 - (what == "nan where the noise is infinite")
+    assert lens.notes == note
+
+
+def test_pixels_that_are_no_measurement(folder: Path) -> None:
+    image = fits.getdata(folder / "image.fits")
+    image[1, 2], image[:, -1] = -9999, 0
+    write(folder / "image.fits", image)
+    fits.setval(folder / "image.fits", "PIXSCALE", value=0.04)
+    lens = read_lens(LensFiles(*(folder / f"{kind}.fits" for kind in ("image", "psf", "noise")), pixel_scale=0.05))
+    assert lens.usable.sum() == 20 * 24 - 1
+    assert not lens.usable[1, 2]
+    assert lens.notes == (
+        "1 px more than 50 times the noise below zero masked",
+        "20 px are exactly 0; mask them if there is no image there",
+        "pixels of 0.05 arcsec by the table, 0.04 by the header",
+    )
 
 
 def field(points: list[tuple[int, int]], blobs: list[tuple[int, int]]) -> np.ndarray:
@@ -206,19 +281,15 @@ def test_point_images_of_others_mocks_and_of_real_lenses() -> None:
     ("text", "message"),
     [
         ("name,pixel_scale,image,noise\n", r"lenses.csv: missing column\(s\) psf"),
-        (HEADER + "a,zero,i,n,p,\n", "lens a: pixel_scale must be a number"),
         (HEADER + "a,0.1,i,n,p,\na,0.1,i,n,p,\n", "lens a occurs twice"),
         (HEADER + ",0.1,i,n,p,\n", r"lenses.csv: lens 1 has the name ''; use letters"),
         (HEADER + "a/b,0.1,i,n,p,\n", r"lens 1 has the name 'a/b'"),
-        (
-            "name,pixel_scale,image,noise,psf,flux_unit\na,0.1,i,n,p,abc\n",
-            "flux_unit must be .* above zero, found 'abc'",
-        ),
-        (
-            "name,pixel_scale,image,noise,psf,flux_unit\na,0.1,i,n,p,0\n",
-            "lens a: flux_unit must be a number above zero",
-        ),
-        ("name,pixel_scale,image,noise,psf,true_q\na,0.1,i,n,p,?\n", "lens a: true_q must be a number, found"),
+        (HEADER, "lenses.csv: no lenses below the line of column names"),
+        (HEADER + "a,0.1,i,n,p,,7\n", "lens 1 has 7 cells for 6 columns"),
+        (HEADER.replace("mask", "psf"), r"column\(s\) psf occur twice"),
+        (HEADER.replace("pixel_scale", "pixelscale"), "no column is called pixelscale; give it the name pixel_scale"),
+        (HEADER.replace("mask", "Mask") + "a,0.1,i,n,p,m\n", "no column is called Mask; give it the name mask"),
+        (HEADER.replace("mask", "true_thetaE") + "a,0.1,i,n,p,1\n", "give it the name true_theta_E if it is that"),
         ("", "lenses.csv: not a table of lenses"),
         (HEADER + "caf\xe9,0.1,i,n,p,\n", "not a table of lenses in UTF-8"),
     ],
@@ -227,6 +298,41 @@ def test_bad_table_stops(folder: Path, text: str, message: str) -> None:
     (folder / "lenses.csv").write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=message):
         write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, folder / "out/c.zarr")
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "reason"),
+    [
+        ("flux_unit", "abc", "lenses.csv: flux_unit must be a number above zero, found 'abc'"),
+        ("flux_unit", "0", "flux_unit must be a number above zero, found '0'"),
+        ("fit_radius", "inf", "fit_radius must be a number above zero, found 'inf'"),
+        ("center_row", "nan?", "center_row must be a number, found 'nan?'"),
+        ("mask_bad", "2", "mask_bad must be 0 or 1, found '2'"),
+        ("true_q", "?", "true_q must be a number, found '?'"),
+        ("z_lens", "-0.4", "z_lens must be a number above zero"),
+        ("z_source", "0.2", "z_source must be beyond z_lens = 0.3, found '0.2'"),
+        ("psf", "", "lenses.csv: the column psf is empty"),
+        ("noise", "image.fits", "image.fits: the noise map is the image itself"),
+        ("image", "image.fits[1]", "no such file; extensions cannot be named"),
+    ],
+)
+def test_a_bad_cell_is_of_its_lens_alone(folder: Path, column: str, cell: str, reason: str) -> None:
+    good = {"image": "image.fits", "psf": "psf.fits", "noise": "noise.fits", "pixel_scale": "0.05", "z_lens": "0.3"}
+    rows = [{"name": "good"} | good, {"name": "bad"} | good | {column: cell}]
+    pd.DataFrame(rows).to_csv(folder / "lenses.csv", index=False)
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    table = read_catalogue(out).set_index("name")
+    assert table["status"].to_dict() == {"good": "usable", "bad": "failed"}
+    assert reason in table.loc["bad", "reason"]
+
+
+def test_what_is_not_foreseen_is_of_its_lens_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lenspipe.catalogue.observed.point_images", lambda *_: None)
+    (folder / "lenses.csv").write_text(HEADER + "bad,0.05,image.fits,noise.fits,psf.fits,\n")
+    (entry,) = read_table(folder / "lenses.csv")
+    with pytest.raises(InputError, match=r"image.fits: cannot be used for a reason not foreseen: TypeError"):
+        read_entry(entry, None, 1)
 
 
 def test_missing_table(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from astropy.units import mas, minute
 from astropy.wcs import WCS
 from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from lenspipe.catalogue.observed import LensFiles, read_lens
 from lenspipe.catalogue.preparation import Prepared, Wishes, cut, prepare
-from lenspipe.catalogue.tables import read_table
+from lenspipe.catalogue.tables import read_table, unused
 from lenspipe.cli import app
 from lenspipe.config import Preparation
 from lenspipe.errors import InputError
@@ -200,12 +202,127 @@ def test_scale_and_north_come_from_the_header(folder: Path) -> None:
     assert a.psf.sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("projection", "place"),
+    [
+        (("RA---TAN", "DEC--TAN"), (150.0, 2.0)),
+        (("DEC--TAN", "RA---TAN"), (2.0, 150.0)),
+        (("GLON-TAN", "GLAT-TAN"), (150.0, 40.0)),
+        (("RA---TAN-SIP", "DEC--TAN-SIP"), (150.0, 60.0)),
+    ],
+)
+def test_north_is_where_astropy_has_it(folder: Path, projection: tuple[str, str], place: tuple[float, float]) -> None:
+    """The position angle of the image's x axis, of an image a degree from where its projection touches the sky."""
+    found = wcs(30.0)
+    found.wcs.ctype, found.wcs.crval, found.wcs.crpix = list(projection), list(place), [81 + 3600 / SCALE, 81]
+    header = found.to_header()
+    header["CPDIS1"] = "Lookup"  # left of the whole exposure, with nothing it refers to
+    fits.PrimaryHDU(fits.getdata(folder / "a/image.fits"), header).writeto(folder / "a/image.fits", overwrite=True)
+    lens = read_lens(LensFiles(*(folder / "a" / f"{kind}.fits" for kind in ("image", "psf", "noise_map"))))
+    at, right, up = (found.pixel_to_world(x, y).icrs for x, y in ((80, 80), (81, 80), (80, 81)))
+    for step, angle in ((right, 0.0), (up, np.pi / 2)):
+        error = lens.parity * (angle - lens.north) - at.position_angle(step).rad
+        assert np.angle(np.exp(1j * error)) == pytest.approx(0, abs=1e-3)
+
+
 def test_a_folder_is_a_table(folder: Path) -> None:
     entries = read_table(folder)
     assert [entry.name for entry in entries] == ["a", "b"]
     assert entries[0].files.noise == folder / "a/noise_map.fits"
     with pytest.raises(InputError, match="no lenses in this folder"):
         read_table(folder / "a")
+
+
+def test_files_of_a_folder_are_found_however_they_are_compressed_or_told_of(folder: Path) -> None:
+    """A lens without an image is one that is not usable, not one that is not there; no mask is passed over."""
+    for old, new in (("image.fits", "image.fits.gz"), ("psf.fits", "PSF.FIT"), ("noise_map.fits", "Noise.fits")):
+        data = fits.getdata(folder / "b" / old)
+        (folder / "b" / old).unlink()
+        fits.PrimaryHDU(data, fits.Header({"PIXSCALE": SCALE})).writeto(folder / "b" / new)
+    fits.PrimaryHDU(np.zeros((161, 161))).writeto(folder / "b/Mask.fits")
+    fits.PrimaryHDU(np.zeros((161, 161))).writeto(folder / "c_segments.fits")
+    for name, file in (("c", "drizzled.fits"), ("plots", "a.png"), (".git", "image.fits")):
+        (folder / name).mkdir()
+        (folder / name / file).write_bytes(b"")
+    _, b, c = read_table(folder)
+    files = (b.files.image, b.files.psf, b.files.noise, b.files.mask)
+    assert files == tuple(folder / "b" / n for n in ("image.fits.gz", "PSF.FIT", "Noise.fits", "Mask.fits"))
+    assert c.files.image == folder / "c/image.fits"
+    assert unused(folder) == ["c/drizzled.fits"]
+    output = CliRunner().invoke(app, ["check-lenses", str(folder)]).output
+    assert "c: unusable:" in output
+    assert "not used: c/drizzled.fits" in output
+    assert "2 of 3 lenses can be used" in output
+    (folder / "b/mask.fits.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"Mask.fits and mask.fits.gz may both be the mask of this lens"):
+        read_table(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffname,image,psf,pixel_scale,survey\nx,i.fits,p.fits,0.05,a\n",
+        "\n# made by hand\n name , image, psf ,pixel_scale,survey\n x , i.fits , p.fits ,0.05,\n\n",
+        "name;image;psf;pixel_scale;survey\nx;i.fits;p.fits;0.05;a\n",
+        "name|image|psf|pixel_scale|survey\nx|i.fits|p.fits|0.05|a\n",
+        "name\timage\tpsf\tpixel_scale\tsurvey\nx\ti.fits\tp.fits\t0.05\ta\n",
+        "name  image  psf  pixel_scale  survey\nx  i.fits  p.fits  0.05  a\n",
+        "name,image,psf,pixel_scale,survey\nx,i.fits,p.fits,0.05,a,,\n",
+        "name,image,psf,pixel_scale,survey\nx,i.fits,p.fits,0.05\n",
+    ],
+)
+def test_text_as_programs_and_people_write_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    (entry,) = read_table(tmp_path / "t.csv")
+    assert (entry.name, entry.files.image, entry.files.psf) == ("x", tmp_path / "i.fits", tmp_path / "p.fits")
+    assert (entry.files.pixel_scale, entry.files.mask, entry.problem) == (0.05, None, "")
+    assert unused(tmp_path / "t.csv") == ["survey"]
+
+
+@pytest.mark.parametrize("suffix", ["ecsv", "fits"])
+def test_columns_in_another_unit_are_converted(folder: Path, suffix: str) -> None:
+    columns = {"name": ["a"], "image": ["a/image.fits"], "psf": ["a/psf.fits"], "background_rms": [0.1]}
+    table = Table(columns | {"pixel_scale": [50.0] * mas, "exposure_time": [30.0] * minute})
+    path = folder / f"t.{suffix}"
+    table.write(path, format={"ecsv": "ascii.ecsv", "fits": "fits"}[suffix])
+    (entry,) = read_table(path)
+    assert (entry.files.pixel_scale, entry.files.exposure_time) == pytest.approx((0.05, 1800.0))
+    table["pixel_scale"].unit = "s"
+    table.write(path, format={"ecsv": "ascii.ecsv", "fits": "fits"}[suffix], overwrite=True)
+    with pytest.raises(InputError, match=r"the column pixel_scale is in s; give it in arcsec"):
+        read_table(path)
+
+
+def test_an_image_is_no_table(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"image.fits: not a readable table of lenses"):
+        read_table(folder / "a/image.fits")
+
+
+def test_places_and_discs_outside_of_the_image_are_refused(folder: Path) -> None:
+    files = LensFiles(*(folder / "a" / f"{kind}.fits" for kind in ("image", "psf", "noise_map")))
+    for wishes, reason in (
+        (Wishes(1000.0, 80.0), "center_column 1000, center_row 80 are outside of the image of 161 x 161 px"),
+        (Wishes(fit_radius=100.0), "fit_radius 100 arcsec is more than the image has"),
+        (Wishes(fit_radius=0.1), "pixels of 0.05 arcsec are left to fit"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            read_lens(replace(files, wishes=wishes), Preparation())
+
+
+def test_a_variance_for_a_noise_map_and_a_sky_are_noted(folder: Path) -> None:
+    files = LensFiles(*(folder / "a" / f"{kind}.fits" for kind in ("image", "psf", "noise_map")))
+    image, header = fits.getdata(files.image, header=True)
+    fits.writeto(files.noise, np.full((161, 161), NOISE**2), overwrite=True)
+    with pytest.raises(InputError, match=r"noise_map.fits: \d+ pixels of the image are more than 50 times this noise"):
+        read_lens(files, Preparation())
+    fits.writeto(files.noise, np.full((161, 161), NOISE / 5), overwrite=True)
+    scatter, *_ = read_lens(files, Preparation()).notes
+    assert re.fullmatch(r"empty sky scatters 4\.\d+ times as much as the noise says", scatter)
+    fits.writeto(files.noise, np.full((161, 161), NOISE), overwrite=True)
+    assert read_lens(files, Preparation()).notes == ()
+    fits.PrimaryHDU(image + 1, header).writeto(files.image, overwrite=True)
+    (sky,) = read_lens(files, Preparation()).notes
+    assert re.match(r"1\.\d+ of sky is left in the image, 10\d times the noise of a pixel", sky)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "ecsv", "fits"])
