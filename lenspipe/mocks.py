@@ -128,7 +128,7 @@ def _write_system(
         noisy = clean + sd * torch.randn(n, n, generator=generator, dtype=torch.float64)
         _write_fits(place / "image.fits", noisy, scale)
         _write_fits(place / "noise.fits", sd, scale)
-        _write_fits(place / "psf.fits", torch.from_numpy(kernel), scale)
+        _write_fits(place / "psf.fits", torch.from_numpy(kernel), scale / optics.psf_supersampling)
         _write_fits(place / "source.fits", torch.from_numpy(source), truth["true_source_size"] / len(source))
         paths = {kind: f"{name}/{kind}.fits" for kind in ("image", "noise", "psf")}
         rows.append({"name": name, "pixel_scale": scale, **paths, "flux_unit": 1.0, "source_galaxy": origin, **truth})

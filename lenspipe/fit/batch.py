@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -127,8 +126,8 @@ def fit_lenses(task: Task) -> xr.Dataset:
     model = build_model(config, task.paths, task.bucket, list(task.names))
     settings = config.fit.model_copy(update={"draws": config.fit.draws * task.draws_factor})
     checkpoint = batch_checkpoint(task)
-    began = time.perf_counter()
-    found = map_search.restored(checkpoint.load(), model.data.device)
+    saved = checkpoint.load()
+    found = map_search.restored(saved, model.data.device)
     if found is None:
         found = SEARCHES[settings.search](model, settings, _generators(config.seed, "map", task.names))
         if not bool(torch.isfinite(found.log_density).all()):
@@ -136,17 +135,18 @@ def fit_lenses(task: Task) -> xr.Dataset:
         found = exploration.explored(model, found, settings, _generators(config.seed, "explore", task.names))
         for name, value in zip(task.names, found.log_density.tolist(), strict=True):
             log.info("%s: maximum found, log posterior %.1f", name, value)
+        checkpoint.searched = checkpoint.seconds
     else:
+        checkpoint.resume(saved)
         log.info("goes on from its checkpoint")
-    seconds_map = (time.perf_counter() - began) / len(task.names)
     generators = _generators(config.seed, "hmc", task.names)
     if settings.sampler == "hmc":
         draws = chains.sample(model, found, settings, generators, monitored(model), checkpoint)
     else:
         draws = reference.SAMPLERS[settings.sampler](model, found, settings, generators)
     draws = chains.thinned(draws, config.fit.draws)
-    seconds = (time.perf_counter() - began) / len(task.names)
     checkpoint.path.unlink(missing_ok=True)
+    seconds, seconds_map = (value / len(task.names) for value in (checkpoint.seconds, checkpoint.searched))
     result = _dataset(*on_processor(model, found, draws))
     return result.assign(
         hash=("lens", np.array(task.hashes, dtype=object)),

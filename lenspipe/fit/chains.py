@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,33 @@ PER_DRAW = [field.name for field in fields(Draws) if field.name != "step_size"]
 LATER_WARMUP = 4  # a later round, whose step size is nearly right, warms up for this fraction of the first's
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """A file in which a batch leaves its tensors, and the key of the batch that may go on from them."""
+    """A file in which a batch leaves its tensors, and the key of the batch that may go on from them.
+
+    searched: seconds that the search took; spent: those that earlier processes spent on the batch.
+    """
 
     path: Path
     key: dict[str, Any]
+    searched: float = 0.0
+    spent: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """What the batch has taken, in this process and in those before."""
+        return self.spent + time.perf_counter() - self.began
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write the tensors, whole."""
-        write_tensors(self.path, {name: tensor.clone() for name, tensor in tensors.items()}, {"key": self.key})
+        """Write the tensors, whole, and the seconds."""
+        seconds = torch.tensor([self.searched, self.seconds], dtype=torch.float64)
+        whole = {name: tensor.clone() for name, tensor in tensors.items()} | {"seconds": seconds}
+        write_tensors(self.path, whole, {"key": self.key})
+
+    def resume(self, tensors: dict[str, Tensor]) -> None:
+        """Count the seconds from where the process stopped that left these tensors."""
+        self.searched, self.spent = tensors["seconds"].tolist()
 
     def load(self) -> dict[str, Tensor]:
         """The tensors; none where the file is absent, broken or of another key."""

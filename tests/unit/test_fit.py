@@ -775,7 +775,7 @@ def test_chains_of_a_killed_batch_go_on(
 ) -> None:
     """Killed in the warm-up, in the first draws or in the second round: the draws are those of a run never stopped."""
     lens_model, _ = model
-    checkpoint = chains.Checkpoint(tmp_path / "c.safetensors", {"batch": 1})
+    checkpoint = chains.Checkpoint(tmp_path / "c.safetensors", {"batch": 1}, searched=3.0, spent=1000.0)
     monkeypatch.setattr(chains, "CHECKPOINT_SECONDS", 0.0)
     advance, count = hmc.Run.advance, 0
 
@@ -797,6 +797,10 @@ def test_chains_of_a_killed_batch_go_on(
     torch.testing.assert_close(resumed.w, never_stopped.w)
     torch.testing.assert_close(resumed.log_density, never_stopped.log_density)
     assert chains.Checkpoint(checkpoint.path, {"batch": 2}).load() == {}
+    later = chains.Checkpoint(checkpoint.path, {"batch": 1})
+    later.resume(later.load())
+    assert later.searched == 3.0
+    assert 1000.0 < later.seconds < 2000.0
 
 
 def test_only_lenses_that_miss_a_gate_go_on(
