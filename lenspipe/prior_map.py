@@ -2,12 +2,16 @@
 
 By quantiles, but for a half normal, which is folded: theta = scale |w|. An image that is linear in it is linear in w,
 and amplitudes that stand in for each other lie on a plane, not in a bent valley a thousand times as long as it is wide.
+
+By quantiles a truncated normal is flat near its ends, where chains would go a long way for nothing. They move in
+unknowns in which it is a normal one, theta = mean + sd x, between walls: `PriorMap.straight`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +19,8 @@ from torch.special import ndtri
 
 from lenspipe.prior_expression import PriorExpression, shared
 from lenspipe.pyro_prior import ndtr, quantile
+
+NEAREST = 1e-14  # the share of a truncated normal that is beyond an unknown, at least
 
 
 def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
@@ -35,7 +41,7 @@ def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
         case "Uniform":
             return prior.low + (prior.high - prior.low) * ndtr(w)
         case "TruncatedNormal":
-            low, high = ((bound - prior.mean) / prior.sd for bound in (prior.low, prior.high))
+            low, high = _bounds(prior)
             below, above = (_ndtr(bound) for bound in (low, high))
             # below the mean counted from the left, above it from the right: neither tail is rounded off
             left = ndtri(below + (above - below) * ndtr(w))
@@ -48,8 +54,25 @@ def from_normal(prior: PriorExpression, w: Tensor) -> Tensor:
             raise ValueError(f"no map from a standard normal for {other}")
 
 
+def _bounds(prior: PriorExpression) -> tuple[float, float]:
+    """The ends of a truncated normal in units of its standard deviation from its mean."""
+    return (prior.low - prior.mean) / prior.sd, (prior.high - prior.mean) / prior.sd
+
+
 def _ndtr(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+class Wall(NamedTuple):
+    """Of the unknown in a column: where it is, side * w + offset >= 0; side is 1 or -1."""
+
+    column: int
+    side: float
+    offset: float
+
+    def distance(self, w: Tensor) -> Tensor:
+        """How far inside w [..., size] are: [...]."""
+        return self.side * w[..., self.column] + self.offset
 
 
 class PriorMap:
@@ -57,23 +80,63 @@ class PriorMap:
 
     Computed in float64, where a quantile near 0 or 1 keeps its digits, and returned in the precision of `w`. Those that
     share the value of another are left out; `shared` has each with the one at the end of its chain, for `canonical`.
-    Those at the places `folded` have the same value at w and -w.
+    Those at the places `folded` have the same value at w and -w. Chains keep within the `walls`: to w >= 0 of these
+    and, where the map is of straight unknowns, to what a truncated normal leaves.
     """
 
-    def __init__(self, priors: Mapping[str, PriorExpression]):
+    def __init__(self, priors: Mapping[str, PriorExpression], is_straight: bool = False):
         self.priors = dict(priors)
         self.own = {name: prior for name, prior in self.priors.items() if prior.distribution != "Shared"}
         self.free = [name for name, prior in self.own.items() if prior.distribution != "Fixed"]
         self.folded = [i for i, name in enumerate(self.free) if self.own[name].distribution == "HalfNormal"]
         self.shared = shared(self.priors)
+        self.truncated = [i for i, name in enumerate(self.free) if self.own[name].distribution == "TruncatedNormal"]
+        self.is_straight = is_straight
+        self.walls = [Wall(i, 1.0, 0.0) for i in self.folded]
+        if is_straight:
+            for i in self.truncated:
+                low, high = _bounds(self.own[self.free[i]])
+                self.walls += [Wall(i, side, -side * end) for side, end in ((1.0, low), (-1.0, high))]
 
     def __call__(self, w: Tensor) -> dict[str, Tensor]:
         return self.named(self.values(w))
 
     def values(self, w: Tensor) -> Tensor:
         """The free parameters [..., free], in their order, of w [..., free]."""
-        columns = [from_normal(self.own[name], at) for name, at in zip(self.free, w.double().unbind(-1), strict=True)]
+        columns = [self._value(self.own[name], at) for name, at in zip(self.free, w.double().unbind(-1), strict=True)]
         return torch.stack(columns, -1).to(w.dtype) if columns else w
+
+    def _value(self, prior: PriorExpression, w: Tensor) -> Tensor:
+        if self.is_straight and prior.distribution == "TruncatedNormal":
+            return (prior.mean + prior.sd * w).clamp(prior.low, prior.high)  # rounding may be outside of the wall
+        return from_normal(prior, w)
+
+    def straight(self) -> PriorMap:
+        """The same priors of the unknowns x in which a truncated normal is linear; itself where there is none.
+
+        Their density is that of standard normals within the walls, but for a constant.
+        """
+        return PriorMap(self.priors, is_straight=True) if self.truncated else self
+
+    def to_straight(self, w: Tensor) -> Tensor:
+        """Those unknowns [n, free] of w [n, free]."""
+        columns = list(w.double().unbind(-1))
+        for i in self.truncated:
+            prior = self.own[self.free[i]]
+            columns[i] = (from_normal(prior, columns[i]) - prior.mean) / prior.sd
+        return torch.stack(columns, -1).to(w.dtype) if columns else w
+
+    def from_straight(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """w [n, free] of those, and log |dw / dx| [n] but for a constant, float64."""
+        columns, log_volume = list(x.double().unbind(-1)), x.new_zeros(len(x), dtype=torch.float64)
+        for i in self.truncated:
+            low, high = _bounds(self.own[self.free[i]])
+            at = columns[i].clamp(low, high)
+            below, above = ((ndtr(side * at) - _ndtr(side * end)) for side, end in ((1, low), (-1, high)))
+            left, right = (part.clamp(min=NEAREST) / (_ndtr(high) - _ndtr(low)) for part in (below, above))
+            columns[i] = torch.where(left < right, ndtri(left), -ndtri(right))
+            log_volume = log_volume + 0.5 * (columns[i].square() - at.square())
+        return torch.stack(columns, -1).to(x.dtype) if columns else x, log_volume
 
     def named(self, values: Tensor) -> dict[str, Tensor]:
         """All parameters by name, the fixed ones too, of the values of the free ones [..., free]."""

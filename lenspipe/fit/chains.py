@@ -159,9 +159,9 @@ def begun(
     """Round `number` of the lenses `rows`: from the MAP at first, later from where their chains were `before`."""
     lenses = torch.tensor(rows)
     chains = model.take(lenses.repeat_interleave(settings.chains))
-    target, center, folded = chains.value_and_gradient, found.w[lenses], model.priors.folded
+    target, center, walls = chains.value_and_gradient, found.w[lenses], model.priors.walls
     if number == 0:
-        return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian, folded=folded)
+        return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian, walls=walls)
     places = torch.cat([thinned(draws, PLACES).w for draws in before])  # [lens, chain, place, size]
     hessian = torch.stack([mean_over_chains(chains.hessian, w) for w in places.unbind(2)]).mean(0)
     return Run(
@@ -175,7 +175,7 @@ def begun(
         begin=places[:, :, -1],
         step=torch.cat([draws.step_size for draws in before]),
         seen=places.transpose(1, 2),
-        folded=folded,
+        walls=walls,
     )
 
 

@@ -66,7 +66,7 @@ def annealed(model: LensModel, w: Tensor, settings: Fit, generators: list[torch.
             warmup=LENGTH,
             draws=0,
             begin=begin,
-            folded=model.priors.folded,
+            walls=straight.priors.walls,
         )
         while not run.finished:
             run.advance()

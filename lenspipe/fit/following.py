@@ -32,8 +32,8 @@ PLACE = ("source_x", "source_y")
 class Following:
     """The model of lenses with a learned source in those unknowns; all others are as in `model`.
 
-    columns: [o], of the unknowns that follow; answer: [lens, o, o], A; axes: of the place, those that are free and not
-    folded; centre: [lens, axis], of the decoder's light at the maximum; pull: [lens, axis], how far one unit of it
+    columns: [o], of the unknowns that follow; answer: [lens, o, o], A; axes: of the place, those that are free and have
+    no walls; centre: [lens, axis], of the decoder's light at the maximum; pull: [lens, axis], how far one unit of it
     moves the place of a source whose size is 1; drawn_by: [k, pixel], from an image to the weights that draw it.
     """
 
@@ -50,7 +50,8 @@ class Following:
     def at(cls, model: LensModel, w: Tensor, hessian: Tensor) -> Following:
         """Made at the maxima w [lens, size] of a model whose source is learned, with the Hessians there."""
         source, named = learned(model), model.split(w)[0]
-        movable = [name for i, name in enumerate(model.priors.free) if i not in model.priors.folded]
+        walled = {wall.column for wall in model.priors.walls}
+        movable = [name for i, name in enumerate(model.priors.free) if i not in walled]
         axes = [axis for axis, name in enumerate(PLACE) if name in movable]
         place = [model.priors.free.index(PLACE[axis]) for axis in axes]
         weights = range(named.shape[1] + source.latents, model.size)

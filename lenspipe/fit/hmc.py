@@ -7,8 +7,8 @@ size of a lens is tuned by dual averaging over its chains (Hoffman & Gelman 2014
 drawn anew for every draw, the same for all chains of a lens; where the posterior is a bent valley, much longer than its
 curvature tells, its mean is the standard deviation along the valley, as the chains have lately seen it.
 
-Where the target is the same at w and -w of some unknowns, trajectories keep to w >= 0: at 0 they are reflected, which
-changes neither energies nor volumes (Afshar & Domke 2015).
+Where the target ends at a wall, or is the same on its other side, trajectories are reflected, which changes neither
+energies nor volumes (Afshar & Domke 2015).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import Fit
+from lenspipe.prior_map import Wall
 
 Target = Callable[..., tuple[Tensor, Tensor]]  # of w [n, size] and, where it is not of all rows, of their numbers [n]
 STEP_STATE = ("log_step", "anchor", "error", "averaged")  # tensors of a step size
@@ -28,7 +29,9 @@ OWN_STATE = ("hessian", "curved", "curved_before", "seen", "seen_before", "lengt
 ALL = slice(None)
 PLACES = 18  # of each chain where Hessians are taken in the warm-up, half of them for the last metric; all, later
 REFLECTIONS = 50  # in one leapfrog step; a trajectory that has more is not accepted
-WALL = 1.8  # mean over sd of draws that feel one, at most: an exponential has 1, half a Gaussian 1.3, even ones 1.7
+NEAR_WALL = (
+    1.8  # mean distance over sd of draws that feel one: an exponential has 1, half a Gaussian 1.3, even ones 1.7
+)
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
 
 
@@ -74,11 +77,14 @@ class StepSize:
 class Metric:
     """One whitening: u [lens, chain, size] in float64, w [lens * chain, size] as the model has it.
 
-    folded: numbers of the unknowns that are reflected at 0.
+    walls: where trajectories are reflected.
     """
 
-    def __init__(self, target: Target, center: Tensor, hessian: Tensor, chains: int, folded: Sequence[int] = ()):
-        self.raw_target, self.center, self.chains, self.folded = target, center, chains, list(folded)
+    def __init__(self, target: Target, center: Tensor, hessian: Tensor, chains: int, walls: Sequence[Wall] = ()):
+        self.raw_target, self.center, self.chains, self.walls = target, center, chains, list(walls)
+        self.columns = [wall.column for wall in self.walls]
+        self.sides = torch.tensor([wall.side for wall in self.walls], dtype=torch.float64, device=center.device)
+        self.offsets = torch.tensor([wall.offset for wall in self.walls], dtype=torch.float64, device=center.device)
         self.root = torch.linalg.cholesky(hessian)  # L
         self.inverse = torch.linalg.inv(self.root)
 
@@ -107,10 +113,10 @@ class Metric:
 
         The momentum of those that are reflected too often is not a number.
         """
-        if not self.folded:
+        if not self.walls:
             return u + time * momentum, momentum
-        walls = self.inverse[lenses][:, :, self.folded]  # [n, size, wall]
-        place = self.center[lenses][:, None, self.folded].double()
+        walls = self.inverse[lenses][:, :, self.columns] * self.sides  # [n, size, wall]
+        place = self.center[lenses][:, None, self.columns].double() * self.sides + self.offsets
         squares = walls.square().sum(1, keepdim=True)
         left = time.expand(*u.shape[:2], 1)
         for _ in range(REFLECTIONS):
@@ -133,10 +139,9 @@ class Run:
 
     target: log density and gradient of w [lens * chain, size], chains of a lens side by side; center: [lens, size];
     hessian: [lens, size, size], positive definite; generators: one a lens; curvature: Hessian [lens * chain, size,
-    size] at w, for the refreshed metric; none keeps `hessian`; folded: unknowns whose sign the target does not see, at
-    or above 0 in `center` and `begin`. Chains begin at `begin` [lens, chain, size] and with `step` [lens], or at draws
-    from the Gaussian of center and hessian, reflected, with a step that fits its dimension. seen: where the chains have
-    been before, [lens, place, chain, size].
+    size] at w, for the refreshed metric; none keeps `hessian`; walls: `center` and `begin` are within. Chains begin at
+    `begin` [lens, chain, size] and with `step` [lens], or at draws from the Gaussian of center and hessian, reflected,
+    with a step that fits its dimension. seen: where the chains have been before, [lens, place, chain, size].
     """
 
     def __init__(
@@ -153,7 +158,7 @@ class Run:
         begin: Tensor | None = None,
         step: Tensor | None = None,
         seen: Tensor | None = None,
-        folded: Sequence[int] = (),
+        walls: Sequence[Wall] = (),
     ):
         lenses, size = center.shape
         self.target, self.center, self.settings, self.generators = target, center, settings, generators
@@ -162,7 +167,7 @@ class Run:
         self.draws = settings.draws if draws is None else draws
         self.curved = self.curved_before = torch.zeros_like(hessian)
         self.seen = self.seen_before = center.new_zeros(lenses, 0, settings.chains, size)
-        self.folded = list(folded)
+        self.walls = list(walls)
         self._shape(hessian, self.seen if seen is None else seen)
         if begin is None:
             way, one = _normal(generators, center.device, settings.chains, size), center.new_ones(lenses, 1, 1).double()
@@ -255,9 +260,9 @@ class Run:
         """
         seen = seen.double().flatten(1, 2)
         if seen.shape[1]:
-            hessian = narrowed(hessian, seen.mean(1), seen.var(1, correction=0), self.folded)
+            hessian = narrowed(hessian, seen.mean(1), seen.var(1, correction=0), self.walls)
         self.hessian = hessian
-        self.metric = Metric(self.target, self.center, hessian, self.settings.chains, self.folded)
+        self.metric = Metric(self.target, self.center, hessian, self.settings.chains, self.walls)
         self.length = torch.full_like(self.center[:, 0], self.settings.path_length, dtype=torch.float64)
         if seen.shape[1]:
             self.length = torch.maximum(self.length, reach(self.metric, seen))
@@ -281,7 +286,7 @@ class Run:
         state = {name: tensor.clone() for name, tensor in state.items()}
         for name in OWN_STATE:
             setattr(self, name, state[name])
-        self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains, self.folded)
+        self.metric = Metric(self.target, self.center, self.hessian, self.settings.chains, self.walls)
         for name in STEP_STATE:
             setattr(self.step, name, state[f"step.{name}"])
         self.iteration, self.step.count = state["counts"].tolist()
@@ -292,17 +297,19 @@ class Run:
         self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]
 
 
-def narrowed(hessian: Tensor, mean: Tensor, variance: Tensor, folded: Sequence[int]) -> Tensor:
-    """Hessians [lens, size, size] whose Gaussians are no wider at the walls of folded unknowns than draws are.
+def narrowed(hessian: Tensor, mean: Tensor, variance: Tensor, walls: Sequence[Wall]) -> Tensor:
+    """Hessians [lens, size, size] whose Gaussians are no wider at the walls than draws are.
 
     mean, variance: of draws [lens, size]. A wall leaves less room than curvature knows, and a trajectory that rattles
     there needs small steps. Elsewhere few draws that have not been everywhere yet would be taken for all there is.
     """
     hessian = hessian.clone()
-    for column in folded:
-        wide = torch.linalg.inv(hessian)[:, column, column]
-        more = (1 / variance[:, column] - 1 / wide).clamp(min=0)
-        hessian[:, column, column] += torch.where(mean[:, column] < WALL * variance[:, column].sqrt(), more, 0.0)
+    for wall in walls:
+        column, near = wall.column, wall.distance(mean) < NEAR_WALL * variance[:, wall.column].sqrt()
+        if near.any():
+            wide = torch.linalg.inv(hessian)[:, column, column]
+            more = (1 / variance[:, column] - 1 / wide).clamp(min=0)
+            hessian[:, column, column] += torch.where(near, more, 0.0)
     return hessian
 
 

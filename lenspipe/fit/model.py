@@ -3,7 +3,7 @@
 Every unknown is a standard normal w: first the named parameters, through their priors, then the latents of the source.
 Some are folded: the same at w and -w; search and chains keep to w >= 0.
 The log posterior is then -(|r(w)|^2 + |w|^2) / 2 up to a constant, with r the residuals in units of the noise.
-Chains may move in other unknowns of the source, whose prior is not normal: `LensModel.straight`.
+Chains may move in other unknowns, whose prior is not normal: `LensModel.straight`.
 """
 
 from __future__ import annotations
@@ -83,19 +83,21 @@ class LensModel:
 
     def straight(self) -> LensModel:
         """The model of the same lenses in the unknowns in which chains move; itself where those are no others."""
-        source = self.source.straight()
-        return self if source is self.source else LensModel(self.batch, self.priors, source, self.optics)
+        source, priors = self.source.straight(), self.priors.straight()
+        if source is self.source and priors is self.priors:
+            return self
+        return LensModel(self.batch, priors, source, self.optics)
 
     def to_straight(self, w: Tensor) -> Tensor:
         """Those unknowns [n, size] of w [n, size]."""
         named, of_source = self.split(w)
-        return torch.cat([named, self.source.to_straight(of_source)], 1)
+        return torch.cat([self.priors.to_straight(named), self.source.to_straight(of_source)], 1)
 
     def from_straight(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """w [n, size] of those, and log |dw / dx| [n], float64."""
         named, of_source = self.split(x)
-        w, log_volume = self.source.from_straight(of_source)
-        return torch.cat([named, w], 1), log_volume
+        (w, log_volume), (own, own_log_volume) = self.source.from_straight(of_source), self.priors.from_straight(named)
+        return torch.cat([own, w], 1), log_volume + own_log_volume
 
     def split(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The unknowns of the named parameters and those of the source."""

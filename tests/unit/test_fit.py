@@ -31,7 +31,7 @@ from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import build_table
 from lenspipe.posteriors.convergence import convergence
 from lenspipe.prior_expression import parse_prior
-from lenspipe.prior_map import PriorMap
+from lenspipe.prior_map import PriorMap, Wall
 from lenspipe.results import Results
 from lenspipe.source.base import Source
 
@@ -585,6 +585,9 @@ def test_leapfrog_is_reversible_and_keeps_the_energy(correlated: tuple[Tensor, T
     assert energy_error(0.01) < energy_error(0.05) / 10  # second order
 
 
+ABOVE_ZERO = [Wall(0, 1.0, 0.0), Wall(2, 1.0, 0.0)]
+
+
 def folded_target(precision: Tensor, mean: Tensor) -> hmc.Target:
     """A Gaussian of which only w_0 >= 0 is left, and its mirror image."""
     whole = gaussian_target(precision, mean)
@@ -601,7 +604,7 @@ def folded_target(precision: Tensor, mean: Tensor) -> hmc.Target:
 def test_reflected_trajectories_come_back_and_stay_inside(correlated: tuple[Tensor, Tensor]) -> None:
     """In any whitening: no unknown falls below 0, momenta keep their lengths, and reversed they go the same way."""
     hessian = torch.stack([correlated[0], torch.eye(3).double()])
-    metric = hmc.Metric(gaussian_target(*correlated), torch.full((2, 3), 0.2).double(), hessian, 4, [0, 2])
+    metric = hmc.Metric(gaussian_target(*correlated), torch.full((2, 3), 0.2).double(), hessian, 4, ABOVE_ZERO)
     generator = torch.Generator().manual_seed(0)
     begun, momentum = torch.randn(2, 2, 4, 3, generator=generator, dtype=torch.float64)
     u = metric.whitened(metric.unwhitened(begun).abs())
@@ -623,11 +626,11 @@ def test_a_metric_is_no_wider_than_a_wall_leaves_room(correlated: tuple[Tensor, 
     wide = torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2)
     room = wide * torch.tensor([[0.1, 0.1, 2.0], [3.0, 1e-3, 1.5]]).double()
     near = room.sqrt()
-    left = torch.linalg.inv(hmc.narrowed(hessian, near, room, [0, 2])).diagonal(dim1=1, dim2=2)
+    left = torch.linalg.inv(hmc.narrowed(hessian, near, room, ABOVE_ZERO)).diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(left[0, 0], room[0, 0])
     assert bool((left[0] <= wide[0]).all())
     torch.testing.assert_close(left[1], wide[1])
-    torch.testing.assert_close(hmc.narrowed(hessian, 2 * near, room, [0, 2]), hessian)
+    torch.testing.assert_close(hmc.narrowed(hessian, 2 * near, room, ABOVE_ZERO), hessian)
     torch.testing.assert_close(torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2), wide, rtol=0, atol=0)
 
 
@@ -645,7 +648,7 @@ def test_sampler_draws_what_is_left_of_a_gaussian(correlated: tuple[Tensor, Tens
         def curvature(w: Tensor) -> Tensor:
             return precision.expand(len(w), -1, -1)
 
-        run = hmc.Run(target, center, precision[None], settings, generators, curvature, folded=[0])
+        run = hmc.Run(target, center, precision[None], settings, generators, curvature, walls=ABOVE_ZERO[:1])
         assert float(run.w[..., 0].min()) >= 0
         w = run.finish().w[0].flatten(0, 1).numpy()
         every = rng.multivariate_normal(shifted.numpy(), np.linalg.inv(precision.numpy()), 2_000_000)

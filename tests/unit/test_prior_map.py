@@ -1,5 +1,7 @@
 """Every prior is the image of a standard normal; parameters may be fixed, free or shared."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,40 @@ def test_a_half_normal_is_folded(text: str) -> None:
     assert stats.kstest(drawn.numpy(), stats.halfnorm(0, 0.5).cdf).pvalue > 1e-4
     priors = PriorMap({"gamma": parse_prior(2.0), "theta_E": parse_prior("Normal(1, 0.1)"), "source_flux": prior})
     assert (priors.free, priors.folded) == (["theta_E", "source_flux"], [1])
+
+
+TRUNCATED = {
+    "gamma": "TruncatedNormal(2, 0.2, 1.3, 2.7)",
+    "e1": "Normal(0, 0.1)",
+    "q": "TruncatedNormal(1, 0.2, 0.5, 1)",
+}
+
+
+def test_a_truncated_normal_is_linear_in_straight_unknowns() -> None:
+    """There and back, its volume by autograd, its walls where its ends are, and no value outside of these."""
+    priors = PriorMap({name: parse_prior(text) for name, text in TRUNCATED.items()})
+    straight = priors.straight()
+    w = torch.tensor([[-3.0, 0.5, 2.0], [0.0, -1.0, 0.0], [4.5, 0.0, -5.0]], dtype=torch.float64)
+    x = priors.to_straight(w)
+    torch.testing.assert_close(straight.values(x), priors.values(w))
+    torch.testing.assert_close(
+        x, (priors.values(w) - torch.tensor([2, 0, 1.0])) / torch.tensor([0.2, 0.1, 0.2]).double()
+    )
+    back, log_volume = priors.from_straight(x)
+    torch.testing.assert_close(back, w)
+    of_x = torch.func.vmap(torch.func.jacrev(lambda at: priors.from_straight(at[None])[0][0]))(x)
+    constant = math.log(stats.norm.cdf(3.5) - stats.norm.cdf(-3.5)) + math.log(0.5 - stats.norm.cdf(-2.5))
+    torch.testing.assert_close(log_volume - constant, torch.logdet(of_x))
+    ends = {}
+    for column, side, offset in straight.walls:
+        ends[column, side] = float(straight.values(torch.full((1, 3), -side * offset).double())[0, column])
+    assert ends == {(0, 1.0): 1.3, (0, -1.0): 2.7, (2, 1.0): 0.5, (2, -1.0): 1.0}
+    assert all(float(wall.distance(x).min()) > 0 for wall in straight.walls)
+    beyond = straight.values(torch.tensor([[-3.5001, 0.0, 0.0001]]))
+    assert beyond[0, [0, 2]].tolist() == pytest.approx([1.3, 1.0])
+    at_the_ends = priors.from_straight(torch.tensor([[-3.5, 0.0, 0.0]]).double())
+    assert all(bool(torch.isfinite(found).all()) for found in at_the_ends)
+    assert PriorMap({"e1": parse_prior("Normal(0, 0.1)")}).straight().walls == []
 
 
 def test_fixed_parameters_take_no_unknown() -> None:
