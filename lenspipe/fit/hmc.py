@@ -168,6 +168,9 @@ class Run:
         self.curved = self.curved_before = torch.zeros_like(hessian)
         self.seen = self.seen_before = center.new_zeros(lenses, 0, settings.chains, size)
         self.walls = list(walls)
+        if seen is None and self.walls:
+            _, gradient = target(center.repeat_interleave(settings.chains, 0))
+            hessian = pressed(hessian, center, gradient[:: settings.chains], self.walls)
         self._shape(hessian, self.seen if seen is None else seen)
         if begin is None:
             way, one = _normal(generators, center.device, settings.chains, size), center.new_ones(lenses, 1, 1).double()
@@ -311,6 +314,21 @@ def narrowed(hessian: Tensor, mean: Tensor, variance: Tensor, walls: Sequence[Wa
             more = (1 / variance[:, column] - 1 / wide).clamp(min=0)
             hessian[:, column, column] += torch.where(near, more, 0.0)
     return hessian
+
+
+def pressed(hessian: Tensor, center: Tensor, gradient: Tensor, walls: Sequence[Wall]) -> Tensor:
+    """The same where there are no draws yet: where a maximum [lens, size] is pressed against a wall, by its slope there.
+
+    gradient: of the log density at `center`. Draws are as far from such a wall as an exponential is, 1 / slope; in a
+    wider metric each reflection costs energy, as much as a step falls.
+    """
+    place, variance = center.double().clone(), torch.full_like(center, torch.inf, dtype=torch.float64)
+    for wall in walls:
+        room = -1 / (wall.side * gradient[:, wall.column].double())
+        near = (room > 0) & (wall.distance(place) < room)
+        variance[:, wall.column] = torch.where(near, room.square(), variance[:, wall.column])
+        place[:, wall.column] = torch.where(near, wall.side * (room - wall.offset), place[:, wall.column])
+    return narrowed(hessian, place, variance, walls)
 
 
 def reach(metric: Metric, seen: Tensor) -> Tensor:

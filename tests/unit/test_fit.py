@@ -634,6 +634,22 @@ def test_a_metric_is_no_wider_than_a_wall_leaves_room(correlated: tuple[Tensor, 
     torch.testing.assert_close(torch.linalg.inv(hessian).diagonal(dim1=1, dim2=2), wide, rtol=0, atol=0)
 
 
+def test_a_metric_is_narrow_where_a_maximum_is_pressed_against_a_wall() -> None:
+    """By the slope there, whichever side the wall is on; a maximum that is free, or far from a wall, changes nothing."""
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 2.0, 0.1], [0.0, 0.1, 1.0]]).double().expand(3, -1, -1)
+    center = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.5, 0.0], [0.4, 0.5, 0.0]]).double()
+    gradient = torch.tensor([[-20.0, 0.0, 5.0], [20.0, 30.0, 0.0], [-20.0, 0.0, 0.0]]).double()
+    walls = [Wall(0, 1.0, 0.0), Wall(1, -1.0, 0.51), Wall(2, 1.0, 0.0)]
+    found = hmc.pressed(hessian, center, gradient, walls)
+    wide, narrow = (torch.linalg.inv(of).diagonal(dim1=1, dim2=2) for of in (hessian, found))
+    torch.testing.assert_close(narrow[0, 0], torch.tensor(20.0).double() ** -2)
+    torch.testing.assert_close(narrow[1, 1], torch.tensor(30.0).double() ** -2)
+    torch.testing.assert_close(found[2], hessian[2])
+    assert bool((narrow <= wide + 1e-12).all())
+    changed = (found - hessian).abs().amax(2) > 1e-9
+    assert changed.tolist() == [[True, False, False], [False, True, False], [False, False, False]]
+
+
 def test_sampler_draws_what_is_left_of_a_gaussian(correlated: tuple[Tensor, Tensor]) -> None:
     """Folded at 0 where half of it or most is cut off: moments within five standard errors of draws by rejection."""
     precision, mean = correlated
