@@ -317,10 +317,10 @@ def narrowed(hessian: Tensor, mean: Tensor, variance: Tensor, walls: Sequence[Wa
 
 
 def pressed(hessian: Tensor, center: Tensor, gradient: Tensor, walls: Sequence[Wall]) -> Tensor:
-    """The same where there are no draws yet: where a maximum [lens, size] is pressed against a wall, by its slope there.
+    """The same where there are no draws yet: where a maximum, `center`, is pressed against a wall, by its slope there.
 
-    gradient: of the log density at `center`. Draws are as far from such a wall as an exponential is, 1 / slope; in a
-    wider metric each reflection costs energy, as much as a step falls.
+    gradient: of the log density at it, [lens, size]. Draws are as far from such a wall as an exponential is, 1 / slope;
+    in a wider metric a reflection is wrong by as much energy as a step falls.
     """
     place, variance = center.double().clone(), torch.full_like(center, torch.inf, dtype=torch.float64)
     for wall in walls:

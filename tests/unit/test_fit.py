@@ -635,7 +635,7 @@ def test_a_metric_is_no_wider_than_a_wall_leaves_room(correlated: tuple[Tensor, 
 
 
 def test_a_metric_is_narrow_where_a_maximum_is_pressed_against_a_wall() -> None:
-    """By the slope there, whichever side the wall is on; a maximum that is free, or far from a wall, changes nothing."""
+    """By the slope there, whichever side the wall is on; one that is free, or far from a wall, changes nothing."""
     hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 2.0, 0.1], [0.0, 0.1, 1.0]]).double().expand(3, -1, -1)
     center = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.5, 0.0], [0.4, 0.5, 0.0]]).double()
     gradient = torch.tensor([[-20.0, 0.0, 5.0], [20.0, 30.0, 0.0], [-20.0, 0.0, 0.0]]).double()
