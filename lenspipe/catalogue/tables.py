@@ -18,9 +18,8 @@ from astropy.units import Quantity, UnitConversionError
 
 from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
 from lenspipe.catalogue.preparation import Wishes
-from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, expand_path
+from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, Priors, expand_path
 from lenspipe.errors import ConfigError, InputError
-from lenspipe.posteriors.store import PARAMETERS
 
 log = logging.getLogger("lenspipe")
 
@@ -31,7 +30,7 @@ NUMBERS = (*POSITIVE, "mask_bad", "center_column", "center_row", "zero_point")
 LENS_NUMBERS = ("pixel_scale", "flux_unit", "background_rms", "exposure_time", "gain")  # of `LensFiles`
 COLUMNS = (*REQUIRED, "noise", "mask", *NUMBERS)
 TRUE = "true_"  # begins the name of a column with true values of a parameter
-TRUTHS = (*PARAMETERS, "r_Ein")  # those of every lens
+TRUTHS = tuple(Priors.model_fields)  # those of every lens
 ALIKE = 0.75  # how much the name of a column that is not known may be like one that is, of 1
 UNITS = {"pixel_scale": "arcsec", "fit_radius": "arcsec", "exposure_time": "s"}  # of columns that may say another
 UNITS |= {"center_column": "pix", "center_row": "pix"}
