@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 from astropy.table import Table
-from astropy.units import Quantity, UnitConversionError
 
 from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
 from lenspipe.catalogue.preparation import Wishes
@@ -153,18 +152,23 @@ def _config_entry(lens: ObservedLens) -> Entry:
 def _folder_table(folder: Path) -> pd.DataFrame:
     """A lens for every folder within that has FITS files, with those that have the names of `KINDS`."""
     rows = []
-    for lens in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(file.name for file in lens.iterdir() if file.name.casefold().endswith(IMAGES))
+    for lens, files in _fits_files(folder).items():
         named = {kind: [file for file in files if _is_called(file, names)] for kind, names in KINDS.items()}
         for kind, found in named.items():
             if len(found) > 1:
                 raise InputError(f"{lens}: {' and '.join(found)} may both be the {kind} of this lens; keep one")
-        if files:
-            needed = {kind: f"{lens.name}/{kind}.fits" for kind in ("image", "psf")}
-            rows.append({"name": lens.name} | needed | {k: f"{lens.name}/{f[0]}" for k, f in named.items() if f})
+        needed = {kind: f"{lens.name}/{kind}.fits" for kind in ("image", "psf")}
+        rows.append({"name": lens.name} | needed | {k: f"{lens.name}/{f[0]}" for k, f in named.items() if f})
     if not rows:
         raise InputError(f"{folder}: no lenses in this folder; each has a folder of its own with image.fits")
     return pd.DataFrame(rows).fillna("")
+
+
+def _fits_files(folder: Path) -> dict[Path, list[str]]:
+    """The names of the FITS files in each folder within that has any; hidden ones are passed over."""
+    within = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = {lens: sorted(f.name for f in lens.iterdir() if f.name.casefold().endswith(IMAGES)) for lens in within}
+    return {lens: names for lens, names in files.items() if names}
 
 
 def _is_called(file: str, names: Iterable[str]) -> bool:
@@ -175,9 +179,9 @@ def unused(path: Path) -> list[str]:
     """What a table or a folder of lenses has that nothing reads: names of columns, or paths of FITS files."""
     if not path.is_dir():
         return [c for c in _read_table(path).columns if c not in COLUMNS and not c.startswith(TRUE)]
-    names = [name for names in KINDS.values() for name in names]
-    files = sorted(file for ending in IMAGES for file in path.glob(f"*/*{ending}"))
-    return [str(file.relative_to(path)) for file in files if not _is_called(file.name, names)]
+    known = [name for names in KINDS.values() for name in names]
+    found = ((lens.name, file) for lens, files in _fits_files(path).items() for file in files)
+    return [f"{lens}/{file}" for lens, file in found if not _is_called(file, known)]
 
 
 def _cells(path: Path) -> pd.DataFrame:
@@ -215,13 +219,13 @@ def _in_our_unit(path: Path, name: str, column: Any) -> Any:
     if name not in UNITS or getattr(column, "unit", None) is None:
         return column
     try:
-        return Quantity(column).to(UNITS[name])
-    except UnitConversionError:
+        return column * column.unit.to(UNITS[name])  # masked where it was: a Quantity would not be
+    except ValueError:  # another kind of unit, or one that astropy does not know
         raise InputError(f"{path}: the column {name} is in {column.unit}; give it in {UNITS[name]}") from None
 
 
 def _text(cell: object) -> str:
-    text = cell.decode() if isinstance(cell, bytes) else str(getattr(cell, "value", cell))
+    text = cell.decode() if isinstance(cell, bytes) else str(cell)
     return "" if text in ("--", "nan", "masked") else text.strip()
 
 

@@ -29,9 +29,7 @@ OWN_STATE = ("hessian", "curved", "curved_before", "seen", "seen_before", "lengt
 ALL = slice(None)
 PLACES = 18  # of each chain where Hessians are taken in the warm-up, half of them for the last metric; all, later
 REFLECTIONS = 50  # in one leapfrog step; a trajectory that has more is not accepted
-NEAR_WALL = (
-    1.8  # mean distance over sd of draws that feel one: an exponential has 1, half a Gaussian 1.3, even ones 1.7
-)
+NEAR_WALL = 1.8  # mean distance over sd of draws that feel one: exponentials have 1, half Gaussians 1.3, even ones 1.7
 DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged [nat]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
-from astropy.table import Table
-from astropy.units import mas, minute
+from astropy.table import MaskedColumn, Table
+from astropy.units import Unit, mas, minute, pix
 from astropy.wcs import WCS
 from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
@@ -279,6 +279,7 @@ def test_text_as_programs_and_people_write_it(tmp_path: Path, text: str) -> None
     assert unused(tmp_path / "t.csv") == ["survey"]
 
 
+@pytest.mark.filterwarnings("ignore::astropy.units.UnitsWarning")
 @pytest.mark.parametrize("suffix", ["ecsv", "fits"])
 def test_columns_in_another_unit_are_converted(folder: Path, suffix: str) -> None:
     columns = {"name": ["a"], "image": ["a/image.fits"], "psf": ["a/psf.fits"], "background_rms": [0.1]}
@@ -287,10 +288,29 @@ def test_columns_in_another_unit_are_converted(folder: Path, suffix: str) -> Non
     table.write(path, format={"ecsv": "ascii.ecsv", "fits": "fits"}[suffix])
     (entry,) = read_table(path)
     assert (entry.files.pixel_scale, entry.files.exposure_time) == pytest.approx((0.05, 1800.0))
-    table["pixel_scale"].unit = "s"
-    table.write(path, format={"ecsv": "ascii.ecsv", "fits": "fits"}[suffix], overwrite=True)
-    with pytest.raises(InputError, match=r"the column pixel_scale is in s; give it in arcsec"):
-        read_table(path)
+    for unit in ("s", "nonsense"):
+        table["pixel_scale"].unit = Unit(unit, parse_strict="silent")
+        table.write(path, format={"ecsv": "ascii.ecsv", "fits": "fits"}[suffix], overwrite=True)
+        with pytest.raises(InputError, match=rf"the column pixel_scale is in {unit}; give it in arcsec"):
+            read_table(path)
+
+
+@pytest.mark.parametrize("suffix", ["ecsv", "fits"])
+def test_empty_cells_of_a_column_with_a_unit_are_empty(folder: Path, suffix: str) -> None:
+    columns = {"name": ["a", "b"], "image": ["a/image.fits", "b/image.fits"], "psf": ["a/psf.fits", "b/psf.fits"]}
+    table = Table(columns)
+    for name, values, unit in (
+        ("pixel_scale", [50.0, 7.0], mas),
+        ("center_row", [3, 4], pix),
+        ("fit_radius", [2, 1], ""),
+    ):
+        table[name] = MaskedColumn(values, mask=[False, True], unit=unit or None)
+    path = folder / f"t.{suffix}"
+    table.write(path, format={"ecsv": "ascii.ecsv", "fits": "fits"}[suffix])
+    a, b = read_table(path)
+    assert (a.files.pixel_scale, a.files.wishes.row, a.files.wishes.fit_radius) == pytest.approx((0.05, 3.0, 2.0))
+    assert (b.files.pixel_scale, b.files.wishes.row, b.files.wishes.fit_radius) == (None, None, None)
+    assert (a.problem, b.problem) == ("", "")
 
 
 def test_an_image_is_no_table(folder: Path) -> None:
