@@ -188,18 +188,31 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of an artefact: a Zarr folder, a safetensors, FITS or HTML file, or anything beside a provenance.json.
+    """The record of an artefact: a Zarr folder, a safetensors or HTML file, or what has a
+    provenance.json beside it, as FITS files of this package do.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none or it cannot be read.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    try:
+        found = _found_record(path)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: its record cannot be read ({error}); it is damaged, or not lenspipe's") from None
+    if found is None:
+        raise InputError(f"{path}: carries no record of lenspipe, nor does its folder")
+    return found
+
+
+def _found_record(path: Path) -> Any:
+    """The record of what is there, None where it has none."""
     found: Any = None
     if (path / "zarr.json").is_file():
         found = json.loads((path / "zarr.json").read_text()).get("attributes", {}).get(KEY)
     elif path.suffix == ".safetensors":
         with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, path.stat().st_size)))
         found = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
     elif path.suffix == ".html":
         match = re.search(r'<script type="application/json" id="lenspipe">(.*?)</script>', path.read_text(), re.DOTALL)
@@ -209,6 +222,4 @@ def read_record(path: Path) -> dict[str, Any]:
             if (folder / "provenance.json").is_file():
                 found = json.loads((folder / "provenance.json").read_text())[KEY]
                 break
-    if found is None:
-        raise InputError(f"{path}: carries no record of lenspipe, nor does its folder")
     return found

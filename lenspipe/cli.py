@@ -17,11 +17,12 @@ from rich.table import Table
 
 from lenspipe import artefact
 from lenspipe.config import Config, json_schema, load_config
-from lenspipe.errors import InputError, LenspipeError
+from lenspipe.errors import ConfigError, InputError, LenspipeError
 from lenspipe.results import Results
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)  # for what is said on the way
+output = Console(highlight=False, soft_wrap=True)  # for what was asked for
 
 Settings = Annotated[str, typer.Option("--config", "-c", help="config file, or settings as inline JSON")]
 Folder = Annotated[Path, typer.Option("--results", "-r", help="folder of the results")]
@@ -33,6 +34,22 @@ WhereItRuns = Annotated[
 ]
 DEFAULT_CONFIG = "config.yaml"
 DEFAULT_RESULTS = Path("results")
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and stop, where it was asked for."""
+    if asked:
+        typer.echo(f"lenspipe {artefact.versions()['lenspipe']}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """What comes before the sub-commands."""
 
 
 @contextmanager
@@ -49,7 +66,13 @@ def with_cluster(settings: Config, cluster: str | None) -> Config:
     """The settings with another section `cluster`, of inline JSON, where one is given."""
     if cluster is None:
         return settings
-    return settings.model_copy(update={"cluster": load_config(f'{{"cluster": {cluster}}}').cluster})
+    try:
+        chosen = load_config(f'{{"cluster": {cluster}}}').cluster
+    except ConfigError as error:
+        raise ConfigError(
+            f'--cluster or LENSPIPE_CLUSTER: expected JSON such as {{"kind": "slurm"}}, found {cluster}: {error}'
+        ) from None
+    return settings.model_copy(update={"cluster": chosen})
 
 
 @app.command()
@@ -79,7 +102,7 @@ def galaxies(
 
 @app.command()
 def vae(config: Settings = DEFAULT_CONFIG, results: Folder = DEFAULT_RESULTS) -> None:
-    """Train the autoencoder; a stopped training is gone on with."""
+    """Train the autoencoder; a training that was stopped goes on."""
     from lenspipe.source.stage import write_vae
 
     with plain_errors():
@@ -151,7 +174,9 @@ def fit(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
+        typer.Option(
+            min=1, help="processes that fit batches side by side; one for each GPU or, without any, each processor"
+        ),
     ] = None,
     cluster: WhereItRuns = None,
 ) -> None:
@@ -172,22 +197,34 @@ def refit(
     where: Annotated[
         str | None, typer.Option(help="or a condition on columns of the summary: 'ess_bulk_min < 400'")
     ] = None,
-    draws_factor: Annotated[int, typer.Option(min=1, help="so many times the draws; as many as ever are kept")] = 4,
+    draws_factor: Annotated[
+        int, typer.Option(min=1, help="how many times the usual number of draws; thinned to that number")
+    ] = 4,
     config: Settings = DEFAULT_CONFIG,
     results: Folder = DEFAULT_RESULTS,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="processes that fit batches side by side; one for each GPU or processor if none"),
+        typer.Option(
+            min=1, help="processes that fit batches side by side; one for each GPU or, without any, each processor"
+        ),
     ] = None,
     cluster: WhereItRuns = None,
 ) -> None:
-    """Fit chosen lenses again, failed ones too, with more draws; then run Snakemake for the summary and the report."""
+    """Fit chosen lenses again, failed ones too, with more draws.
+
+    Give the settings and the results of their run, then its snakemake command again for the summary and the report.
+    """
     from lenspipe.fit.refit import refit_lenses
 
     with plain_errors():
         settings = with_cluster(load_config(config), cluster)
-        chosen = refit_lenses(settings, Results(results), names or [], where, draws_factor, workers)
-    console.print(f"fitted again: {', '.join(chosen)}")
+        chosen, failures = refit_lenses(settings, Results(results), names or [], where, draws_factor, workers)
+    for name, reason in failures.items():
+        console.print(f"{escape(name)}: [red]not fitted:[/red] {escape(reason)}; what there was of it is kept")
+    if fitted := [name for name in chosen if name not in failures]:
+        console.print(f"fitted again: {escape(', '.join(fitted))}")
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -224,7 +261,7 @@ def fetch_galaxies(
     ] = None,
     keep_archive: Annotated[bool, typer.Option("--keep-archive", help="keep the packed sample too")] = False,
 ) -> None:
-    """Download a COSMOS sample of GREAT3 and GalSim (4 GB); what has broken goes on where it broke."""
+    """Download a COSMOS sample of GREAT3 and GalSim (4 GB); a download that broke goes on."""
     from lenspipe.galaxies.fetch import RECORD, fetch_sample
 
     with plain_errors():
@@ -267,7 +304,7 @@ def compare(
     results: Annotated[list[Path], typer.Argument(help="folders of results of runs with different models")],
     to: Annotated[Path | None, typer.Option(help="write the table here too, as CSV")] = None,
 ) -> None:
-    """Say for every lens which of several runs, such as with other sources, its data prefer."""
+    """Compare runs of the same lenses, such as with other sources, by the evidence of each lens."""
     from lenspipe.compare import compare as compared
 
     with plain_errors():
@@ -280,7 +317,7 @@ def compare(
     for row in rows.to_dict("records"):
         evidences = (f"{row[f'log_evidence:{path}']:.1f}" for path in results)
         table.add_row(escape(str(row["name"])), *evidences, escape(str(row["preferred"])), f"{row['lead']:.1f}")
-    console.print(table)
+    output.print(table)
 
 
 @app.command("check-lenses")
@@ -293,11 +330,11 @@ def check_lenses(
         Path | None, typer.Option(help="settings: catalogue.preparation and lens.psf_supersampling are taken")
     ] = None,
 ) -> None:
-    """Say of every lens of a table whether it can be used, or why not, before anything runs."""
+    """Check every lens of a table or folder before a run: usable, or why not."""
     from lenspipe.catalogue.tables import read_entry, read_table, unused
     from lenspipe.config import Config, Preparation
 
-    listing, unusable = Console(highlight=False, soft_wrap=True), 0
+    unusable = 0
     with plain_errors():
         entries, left = read_table(table), unused(table)
         own = load_config(config) if config else Config()
@@ -307,19 +344,19 @@ def check_lenses(
             lens = read_entry(entry, preparation, own.lens.psf_supersampling)
         except InputError as error:
             unusable += 1
-            listing.print(f"{entry.name}: [red]unusable:[/red] {escape(str(error))}")
+            output.print(f"{entry.name}: [red]unusable:[/red] {escape(str(error))}")
         else:
-            listing.print(f"{entry.name}: [green]usable:[/green] {escape(lens.in_words())}")
+            output.print(f"{entry.name}: [green]usable:[/green] {escape(lens.in_words())}")
     if left:
-        listing.print(escape(f"not used: {', '.join(left)}"))
-    listing.print(f"{len(entries) - unusable} of {len(entries)} lenses can be used")
+        output.print(escape(f"not used: {', '.join(left)}"))
+    output.print(f"{len(entries) - unusable} of {len(entries)} lenses can be used")
     if unusable:
         raise typer.Exit(1)
 
 
 @app.command()
-def show(path: Path) -> None:
-    """Say what an artefact is: its stage, settings, versions and inputs."""
+def show(path: Annotated[Path, typer.Argument(help="file or folder that a stage has written")]) -> None:
+    """Say what a file of the results is: its stage, settings, versions and inputs."""
     with plain_errors():
         record = artefact.read_record(path)
     table = Table(show_header=False, box=None, title=escape(str(path)), title_justify="left")
@@ -327,7 +364,7 @@ def show(path: Path) -> None:
         table.add_row(key, str(record[key]))
     for key in ("facts", "settings", "inputs", "versions"):
         table.add_row(key, json.dumps(record[key], indent=1))
-    Console(soft_wrap=True, highlight=False).print(table)
+    output.print(table)
 
 
 @app.command("check-config")

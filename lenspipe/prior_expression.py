@@ -31,6 +31,7 @@ ARGUMENTS = {
     "LogNormal": ("median", "sd"),
     "Fixed": ("value",),
 }
+FURTHEST_TAIL = 6.0  # sd from the mean at which a truncated normal may begin: rounding leaves little of those further
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ def parse_prior(text: str | float | int) -> PriorExpression:
     """Parse one prior.
 
     Raises ValueError, with the accepted forms, where the text is no call of a known distribution, the arguments are
-    wrong, a width is not positive, a lower bound is not below the upper one or Pyro refuses the numbers.
+    wrong, a number is not finite, a width not positive, a lower bound not below the upper one or Pyro refuses them, and
+    where a truncated normal is only the far tail of one.
     """
-    if isinstance(text, bool) or not isinstance(text, str | float | int):
-        raise ValueError(f"expected a prior such as Normal(0, 0.1) or a number, found {text!r}")
+    number = isinstance(text, float | int) and not isinstance(text, bool) and math.isfinite(text)
+    if not (number or isinstance(text, str)):
+        raise ValueError(f"expected a prior such as Normal(0, 0.1) or a finite number, found {text!r}")
     if not isinstance(text, str):
         return PriorExpression("Fixed", (float(text),))
     try:
@@ -115,11 +118,20 @@ def _check(prior: PriorExpression, text: str) -> None:
     if len(prior.arguments) != len(expected):
         raise ValueError(f"{text!r} has {len(prior.arguments)} arguments; expected {_form(prior.distribution)}")
     named = dict(zip(expected, prior.arguments, strict=True))
+    if not all(map(math.isfinite, prior.arguments)):
+        raise ValueError(f"{text!r}: every number must be finite")
     for width in ("sd", "median"):
         if width in named and not named[width] > 0:
             raise ValueError(f"{text!r}: {width} must be above zero, found {named[width]:g}")
     if "low" in named and not named["low"] < named["high"]:
         raise ValueError(f"{text!r}: low ({named['low']:g}) must be below high ({named['high']:g})")
+    if prior.distribution == "TruncatedNormal":
+        far = max(named["low"] - named["mean"], named["mean"] - named["high"]) / named["sd"]
+        if far > FURTHEST_TAIL:
+            raise ValueError(
+                f"{text!r}: what is left begins {far:.3g} sd from the mean, {FURTHEST_TAIL:g} at most; give a nearer "
+                f"mean, or Uniform({named['low']:g}, {named['high']:g})"
+            )
 
 
 def shared(priors: Mapping[str, PriorExpression]) -> dict[str, str]:

@@ -66,6 +66,10 @@ class Results:
         return self.fit / f"parts/shard-{shard:04d}"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.fit / "checkpoints"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary/lenses.csv"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,11 +59,12 @@ FIRST = ("name", "status", "flags", "reason", "origin", "snr")
 LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
 LEFT |= {"light_map", "critical_curve", "caustic"}
 PICTURES = ("model_", "source_map", "source_mean", "source_sd", "source_frame")  # beginnings of names; left too
+LACKING = 0.1  # share of the draws without a value from which on a lens has no statistics of it
 ABOVE_MAP = 1.0  # how far a draw may be above the maximum that the search found, for its last steps [nat]
 STATISTICS = ("median", "p16", "p84", "mean", "sd", "r_hat", "ess_bulk", "ess_tail")
 LENGTHS: tuple[str, ...] = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "source_size")
 LENGTHS += ("einstein_radius", "source_half_light_radius", "fit_radius", "arc_radius")
-LENGTHS_OF_COMPONENTS = ("alpha_Rs", "Rs", "r_trunc", "R_sersic", "_sd")
+LENGTHS_OF_COMPONENTS = ("alpha_Rs", "Rs", "r_trunc", "R_sersic", "_sd", "_sd_min", "_sd_max")
 
 
 def write_summary(settings: Summary, paths: Results, workers: int = 1) -> None:
@@ -179,8 +181,10 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
 
 def unit_of(column: str) -> str | None:
     """The unit of a column of the summary, as FITS writes it; None for numbers, text and fluxes (image units)."""
-    statistic = next((s for s in (*STATISTICS, "map") if column.endswith(f"_{s}")), "")
-    parameter = column.removeprefix("true_").removesuffix(f"_{statistic}")
+    parameter, statistic = column.removeprefix("true_"), ""
+    if parameter == column:
+        statistic = next((s for s in (*STATISTICS, "map") if column.endswith(f"_{s}")), "")
+        parameter = column.removesuffix(f"_{statistic}")
     if statistic in ("r_hat", "ess_bulk", "ess_tail"):
         return None
     if parameter.endswith(LENGTHS + LENGTHS_OF_COMPONENTS):
@@ -201,7 +205,10 @@ def group_rows(group: xr.Dataset) -> pd.DataFrame:
     columns: dict[str, NDArray] = {}
     for name, values in draws.items():
         columns |= moments(name, values.reshape(len(values), -1))
-        columns[f"{name}_map"] = group[f"{name}_map"].to_numpy()
+        at_map = group[f"{name}_map"].to_numpy()
+        if is_angle(name):  # on the branch that its draws are on
+            at_map = at_map + np.pi * np.round((columns[f"{name}_median"] - at_map) / np.pi)
+        columns[f"{name}_map"] = at_map
     for name in FROM_DRAWS:
         columns |= moments(name, group[name].to_numpy())
     for name in ("einstein_radius_map", "images_map"):
@@ -216,9 +223,15 @@ def group_rows(group: xr.Dataset) -> pd.DataFrame:
 
 
 def moments(name: str, values: NDArray) -> dict[str, NDArray]:
-    """Median, central 68 %, mean and standard deviation (over n, as ArviZ has it) [lens] of values [lens, draw]."""
-    p16, median, p84 = np.percentile(values, [16, 50, 84], axis=1)
-    spread = {"mean": values.mean(1), "sd": values.std(1)}
+    """Median, central 68 %, mean and standard deviation (over n, as ArviZ has it) [lens] of values [lens, draw].
+
+    Of the draws that have a value: few may lack it, as a mass whose critical curve does not close, but not a tenth.
+    """
+    values = np.where(np.isnan(values).mean(1, keepdims=True) < LACKING, values, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of lenses without any
+        p16, median, p84 = np.nanpercentile(values, [16, 50, 84], axis=1)
+        spread = {"mean": np.nanmean(values, 1), "sd": np.nanstd(values, 1)}
     return {f"{name}_{key}": value for key, value in ({"median": median, "p16": p16, "p84": p84} | spread).items()}
 
 
@@ -268,7 +281,7 @@ def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
         "chi2_low": chi2_low,
         "residuals": excess <= settings.residual_excess_max
         or excess <= settings.residual_significance * row["residual_excess_error"],
-        "map_not_converged": bool(row["converged"]) and not row["draws_above_map"] > ABOVE_MAP,
+        "map_not_converged": bool(row["converged"]) and row["draws_above_map"] <= ABOVE_MAP,
         "lone_start": row["starts_agreeing"] >= min(settings.starts_agreeing_min, row["starts"]),
         "rival_basin": row["evidence_lead"] >= settings.evidence_lead_min,
         "prior_edge": row["prior_depth"] <= settings.prior_depth_max,

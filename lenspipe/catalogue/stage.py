@@ -25,6 +25,7 @@ from lenspipe.catalogue.tables import Entry, read_entries, read_entry
 from lenspipe.config import Catalogue, expand_path
 from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
+from lenspipe.memory import out_of_memory
 from lenspipe.results import AS_WRITTEN
 
 FOUND = (
@@ -117,12 +118,23 @@ def read_catalogue(out: Path) -> pd.DataFrame:
 
 
 def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> LensBatch:
-    """The lenses of one bucket by name, in the order asked for."""
-    group = xr.open_zarr(out, group=bucket, consolidated=False)
-    position = {name: row for row, name in enumerate(group["name"].to_numpy().tolist())}
-    lenses = group.isel(lens=[position[name] for name in names])
+    """The lenses of one bucket by name, in the order asked for.
+
+    Raises InputError where they cannot be read, MemoryError where there is no room for them.
+    """
     parts = ("image", "noise", "usable", "psf", "pixel_scale", "flux_unit", "light_unit")
-    tensors = {name: torch.from_numpy(lenses[name].to_numpy()) for name in parts}
+    try:
+        group = xr.open_zarr(out, group=bucket, consolidated=False)
+        position = {name: row for row, name in enumerate(group["name"].to_numpy().tolist())}
+        lenses = group.isel(lens=[position[name] for name in names])
+        tensors = {name: torch.from_numpy(lenses[name].to_numpy()) for name in parts}
+    except Exception as error:  # whatever xarray, Zarr and its codecs raise
+        if out_of_memory(error):
+            raise MemoryError(f"{out / bucket}: {error}") from None
+        raise InputError(
+            f"{out / bucket}: {', '.join(names)}: cannot be read ({type(error).__name__}: {error}); run the stage "
+            "catalogue again"
+        ) from error
     return LensBatch(tuple(names), **tensors).to(dtype)
 
 

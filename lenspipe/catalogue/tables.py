@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 import math
 import re
@@ -35,6 +36,7 @@ UNITS = {"pixel_scale": "arcsec", "fit_radius": "arcsec", "exposure_time": "s"} 
 UNITS |= {"center_column": "pix", "center_row": "pix"}
 FITS_TABLES = (".fits", ".fit", ".fits.gz")
 SEPARATORS = (",", ";", "\t", "|")  # of the cells of text; blanks where the line of names has none of them
+STAMPED = 2000  # lenses of tables, at most, whose files are looked at before every run
 IMAGES = (".fits", ".fits.gz", ".fits.fz", ".fit")  # how the files of a lens in a folder of its own end
 KINDS = {"image": ("image",), "psf": ("psf",), "noise": ("noise", "noise_map"), "mask": ("mask",)}  # their names
 
@@ -74,6 +76,19 @@ def outside_files(config: Config) -> list[Path]:
     """
     named = (path for entry in (*config.galaxies.inputs, *config.catalogue.lenses) for path in entry.files)
     return [expand_path(path) for path in (*named, *config.catalogue.tables)]
+
+
+def stamp(config: Config) -> str:
+    """A hash of names, sizes and times of the files that tables name, to notice changes; empty for many lenses."""
+    if not config.catalogue.tables or count_lenses(config) > STAMPED:
+        return ""
+    digest = hashlib.sha256()
+    for entry in _entries(config.catalogue, None):
+        named = [path for path in (entry.files.image, entry.files.psf, entry.files.noise, entry.files.mask) if path]
+        for path in named:
+            found = path.stat() if path.is_file() else None
+            digest.update(f"{entry.name} {path} {found and (found.st_size, found.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
 
 
 def read_entries(settings: Catalogue, mocks: Path | None) -> list[Entry]:

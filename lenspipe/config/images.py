@@ -50,7 +50,7 @@ NAME = r"[A-Za-z0-9_.+-]*[A-Za-z0-9_+-][A-Za-z0-9_.+-]*"  # of a lens
 
 
 class ObservedLens(Section):
-    """One observed lens, written in config instead of in a table. Same fields as the columns of a table."""
+    """One observed lens, written in config instead of in a table: its columns, but z_lens and z_source."""
 
     name: str = Field(pattern=f"^{NAME}$", description="unique name")
     image: str = Field(description="path of the FITS image")
@@ -101,7 +101,7 @@ class Catalogue(Section):
 
     mocks: bool = Field(True, description="take in the mocks")
     tables: tuple[str, ...] = Field(
-        (), description="CSV or ECSV tables of observed lenses; paths inside are relative to them"
+        (), description="tables (CSV, ECSV, FITS) or folders of observed lenses; paths in a table are relative to it"
     )
     lenses: tuple[ObservedLens, ...] = Field((), description="observed lenses written here")
     preparation: Preparation | None = Field(

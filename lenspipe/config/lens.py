@@ -6,7 +6,7 @@ import difflib
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from lenspipe.config.fields import Prior, Section, prior
 from lenspipe.prior_expression import PriorExpression, shared
@@ -29,7 +29,16 @@ class DeflectionTable(Section):
         return self
 
 
-ComponentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*$")]
+RESERVED = ("model", "source")  # with which names of pictures and of the source's parameters begin
+
+
+def _not_reserved(name: str) -> str:
+    if name in RESERVED:
+        raise ValueError(f"{name!r} is the beginning of other names in the results; call the component something else")
+    return name
+
+
+ComponentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*$"), AfterValidator(_not_reserved)]
 MassProfile = Literal["epl", "sie", "sis", "shear", "sheet", "point_mass", "nfw", "tnfw"]
 LightProfile = Literal["sersic", "gaussian", "mge"]
 Redshift = Annotated[float, Field(gt=0, le=20)]

@@ -34,7 +34,7 @@ from lenspipe.source.prior import read_source_prior
 
 log = logging.getLogger("lenspipe")
 
-PRECISION = torch.float32  # of images; sums over pixels and all linear algebra are in float64
+PRECISION = torch.float32  # of images and products of Jacobians; chi^2 and all linear algebra are in float64
 NO_MEMORY = "there was not memory enough for it alone: "  # begins the reason of a lens that another machine may fit
 PICTURE_DRAWS = 100  # draws that go into the posterior mean and spread of images
 
@@ -126,8 +126,8 @@ def fit_lenses(task: Task) -> xr.Dataset:
     model = build_model(config, task.paths, task.bucket, list(task.names))
     settings = config.fit.model_copy(update={"draws": config.fit.draws * task.draws_factor})
     checkpoint = batch_checkpoint(task)
-    saved = checkpoint.load()
-    found = map_search.restored(saved, model.data.device)
+    saved = checkpoint.load(model.data.device)
+    found = map_search.restored(saved)
     if found is None:
         found = SEARCHES[settings.search](model, settings, _generators(config.seed, "map", task.names))
         if not bool(torch.isfinite(found.log_density).all()):
@@ -166,7 +166,7 @@ def batch_checkpoint(task: Task) -> chains.Checkpoint:
         "commit": artefact.git_commit(),
     }
     name = hashlib.sha256(json.dumps([task.bucket, key["names"]]).encode()).hexdigest()[:16]
-    return chains.Checkpoint(task.paths.fit / "checkpoints" / f"{name}.safetensors", key)
+    return chains.Checkpoint(task.paths.checkpoints / f"{name}.safetensors", key)
 
 
 def monitored(model: LensModel) -> list[int]:

@@ -59,18 +59,18 @@ class Checkpoint:
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Write the tensors, whole, and the seconds."""
         seconds = torch.tensor([self.searched, self.seconds], dtype=torch.float64)
-        whole = {name: tensor.clone() for name, tensor in tensors.items()} | {"seconds": seconds}
+        whole = {name: tensor.cpu().clone() for name, tensor in tensors.items()} | {"seconds": seconds}
         write_tensors(self.path, whole, {"key": self.key})
 
     def resume(self, tensors: dict[str, Tensor]) -> None:
         """Count the seconds from where the process stopped that left these tensors."""
         self.searched, self.spent = tensors["seconds"].tolist()
 
-    def load(self) -> dict[str, Tensor]:
-        """The tensors; none where the file is absent, broken or of another key."""
+    def load(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors, on a device; none where the file is absent, broken or of another key."""
 
         def build(tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Tensor]:
-            return tensors if record["key"] == self.key else {}
+            return {name: t.to(device) for name, t in tensors.items()} if record["key"] == self.key else {}
 
         try:
             return read_tensors(self.path, "a checkpoint", "fit", build)
@@ -91,7 +91,7 @@ def sample(
     monitored: columns of w that the gates look at; generators: one a lens. With a checkpoint, what an earlier process
     left is gone on from: its draws are those of a process that was never stopped.
     """
-    saved = checkpoint.load() if checkpoint else {}
+    saved = checkpoint.load(found.w.device) if checkpoint else {}
     kept = unpacked(saved)
     straight, start = straightened(model, found)
     for number in range(int(saved.get("round", torch.tensor(0))), settings.rounds):
@@ -183,8 +183,8 @@ def gauges(draws: Draws, settings: Fit, monitored: list[int]) -> tuple[float, fl
     """Worst R-hat and least effective sample size, bulk or tail, of the draws of one lens as they would be stored."""
     if not monitored:
         return 1.0, math.inf
-    w = thinned(draws, settings.draws).w
-    r_hat, bulk, tail = convergence([w[..., column].numpy() for column in monitored])
+    w = thinned(draws, settings.draws).w.cpu().numpy()
+    r_hat, bulk, tail = convergence([w[..., column] for column in monitored])
     return math.inf if math.isnan(r_hat[0]) else float(r_hat[0]), float(min(bulk[0], tail[0]))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import Fit
+from lenspipe.fit.evidence import log_evidence
 from lenspipe.fit.hmc import Run, mean_over_chains
 from lenspipe.fit.map_search import SAME_BASIN, MapFit, climb, named_sd, pairs, separation
 from lenspipe.fit.model import LensModel
@@ -39,13 +40,14 @@ def explored(model: LensModel, found: MapFit, settings: Fit, generators: list[to
 
 
 def ends(model: LensModel, found: MapFit, settings: Fit, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
-    """Where climbs from the ends of short chains end: w [lens, chain, size], log posterior, Hessian, converged."""
+    """Ends of climbs from those of short chains: w [lens, chain, size], log posterior, evidence, Hessian, converged."""
     lens = torch.arange(len(found.w), device=found.w.device).repeat_interleave(settings.chains)
     w = annealed(model, found.w, settings, generators).flatten(0, 1)
     w, _, _ = climb(model, w, *QUENCHED, lens)
     w, value, done = climb(model, w, 1.0, settings.final_steps, lens)
-    by_chain = (-1, settings.chains)
-    return tuple(field.unflatten(0, by_chain) for field in (w, value, model.hessian(w, lens), done))
+    hessian, by_chain = model.hessian(w, lens), (-1, settings.chains)
+    evidence = log_evidence(model, w, value, hessian, lens)
+    return tuple(field.unflatten(0, by_chain) for field in (w, value, evidence, hessian, done))
 
 
 def annealed(model: LensModel, w: Tensor, settings: Fit, generators: list[torch.Generator]) -> Tensor:
@@ -74,7 +76,9 @@ def annealed(model: LensModel, w: Tensor, settings: Fit, generators: list[torch.
     return model.from_straight(places.flatten(0, 1))[0].unflatten(0, places.shape[:2])
 
 
-def compared(model: LensModel, found: MapFit, w: Tensor, value: Tensor, hessian: Tensor, done: Tensor) -> MapFit:
+def compared(
+    model: LensModel, found: MapFit, w: Tensor, value: Tensor, evidence: Tensor, hessian: Tensor, done: Tensor
+) -> MapFit:
     """What was found with new solutions [lens, chain, ...]: first the best of these where it has more evidence.
 
     The second is that with the most evidence elsewhere, new or old.
@@ -85,8 +89,7 @@ def compared(model: LensModel, found: MapFit, w: Tensor, value: Tensor, hessian:
     lenses, old = torch.arange(len(w), device=w.device), found.basins_w.shape[1]
     ended = torch.cat([found.basins_w, w], 1)
     reached = torch.cat([found.basins_log_density, value], 1)
-    evidence = torch.cat([found.basins_log_evidence, value - 0.5 * torch.logdet(hessian)], 1)
-    evidence = evidence.nan_to_num(nan=-torch.inf)
+    evidence = torch.cat([found.basins_log_evidence, evidence], 1).nan_to_num(nan=-torch.inf)
     at = evidence[:, old:].argmax(1)
     new = evidence[lenses, old + at] > evidence[:, 0]
     first = torch.where(new, old + at, 0)
@@ -124,7 +127,7 @@ def climbed_on(model: LensModel, found: MapFit) -> MapFit:
     w, value, done = climb(model.take(rows), before.w, 1.0, LAST_STEPS)
     hessian = model.hessian(w, rows)
     first = torch.arange(2, device=w.device) == 0
-    evidence = (value - 0.5 * torch.logdet(hessian))[:, None]
+    evidence = log_evidence(model, w, value, hessian, rows)[:, None]
     after = replace(
         before,
         w=w,

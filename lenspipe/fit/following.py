@@ -55,7 +55,7 @@ class Following:
         axes = [axis for axis, name in enumerate(PLACE) if name in movable]
         place = [model.priors.free.index(PLACE[axis]) for axis in axes]
         weights = range(named.shape[1] + source.latents, model.size)
-        columns = torch.tensor([*place, *weights], device=w.device)
+        columns = torch.tensor([*place, *weights], dtype=torch.long, device=w.device)
         own = hessian[:, columns][:, :, columns]
         slopes = model.priors.linearise(named)[1]
         drawn_by = torch.linalg.pinv(source.basis.flatten(1).double().T).to(w)

@@ -292,7 +292,7 @@ class Run:
             setattr(self.step, name, state[f"step.{name}"])
         self.iteration, self.step.count = state["counts"].tolist()
         for generator, own in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(own.clone())  # each aligned
+            generator.set_state(own.cpu().clone())  # each aligned
         names = [name.removeprefix("kept.") for name in state if name.startswith("kept.")]
         number = len(state["kept.w"]) if names else 0
         self.kept = [{name: state[f"kept.{name}"][draw] for name in names} for draw in range(number)]

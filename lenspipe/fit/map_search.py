@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import Fit
+from lenspipe.fit.evidence import log_evidence
 from lenspipe.fit.model import LensModel
 
 CONVERGED = 1e-2  # gain in log posterior below which a step at temperature 1 is the last [nat]
@@ -52,12 +53,14 @@ class MapFit:
     start_count: Tensor
 
     @classmethod
-    def of_one_start(cls, w: Tensor, log_density: Tensor, hessian: Tensor, converged: Tensor) -> MapFit:
+    def of_one_start(
+        cls, model: LensModel, w: Tensor, log_density: Tensor, hessian: Tensor, converged: Tensor
+    ) -> MapFit:
         """Of a search with one start a lens: the one basin is where it ended."""
-        evidence = log_density - 0.5 * torch.logdet(hessian)
+        evidence = log_evidence(model, w, log_density, hessian)
         basins = w[:, None], log_density[:, None], evidence[:, None]
         points, density, evidence = (torch.cat([b, torch.full_like(b, torch.nan)], 1) for b in basins)
-        start_basin = torch.zeros(len(w), 1, dtype=torch.long)
+        start_basin = torch.zeros(len(w), 1, dtype=torch.long, device=w.device)
         return cls(
             w,
             log_density,
@@ -72,12 +75,12 @@ class MapFit:
         )
 
 
-def restored(tensors: dict[str, Tensor], device: torch.device) -> MapFit | None:
+def restored(tensors: dict[str, Tensor]) -> MapFit | None:
     """What a search found, from the checkpoint that `chains` left it in; None where it is not there."""
     names = [field.name for field in fields(MapFit)]
     if not all(f"map.{name}" in tensors for name in names):
         return None
-    return MapFit(**{name: tensors[f"map.{name}"].to(device) for name in names})
+    return MapFit(**{name: tensors[f"map.{name}"] for name in names})
 
 
 @torch.no_grad()
@@ -202,7 +205,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     tells how much of the posterior is there: a source that draws the arcs itself may reach a higher maximum.
     """
     lenses = torch.arange(len(value), device=w.device)
-    value = torch.where(value.isnan(), -torch.inf, value)
+    value = _number(value)
     climbed, origin_sd = apart(settled, w, value, settings.rival_gap)
     lens, start = climbed.nonzero(as_tuple=True)
     ended, sd = w.clone(), torch.full_like(origin_sd, torch.nan)
@@ -213,7 +216,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     )
     hessian = model.hessian(ended[lens, start], lens)
     sd[lens, start] = named_sd(model, hessian)
-    evidence[lens, start] = reached[lens, start] - 0.5 * torch.logdet(hessian)
+    evidence[lens, start] = log_evidence(model, ended[lens, start], reached[lens, start], hessian, lens)
     place[lens, start] = torch.arange(len(lens), device=w.device)
 
     most = evidence.argmax(1)
@@ -304,14 +307,15 @@ def climb(
     Every row has its own damping. A step tries three dampings, by the log posterior alone, and takes the best; where
     none raises it the damping grows and the same derivatives serve again. Rows that have converged cost nothing more.
     Folded unknowns stay at or above 0: a step leaves out those that are there and would go on.
-    Returns w [n, size], the log posterior at that temperature [n] and whether it has converged [n].
+    Returns w [n, size], the log posterior at that temperature [n], minus infinity where it is not a number, and whether
+    it has converged [n].
     """
     identity = torch.eye(model.size, dtype=torch.float64, device=w.device)
     least_w = torch.full((model.size,), -FURTHEST, dtype=torch.float64, device=w.device)
     least_w[model.priors.folded] = 0.0
     w = w.clone()
     lenses = (torch.arange(len(w)) if lenses is None else lenses).to(w.device)
-    value = model.log_density(w, temperature, lenses)
+    value = _number(model.log_density(w, temperature, lenses))
     gradient = torch.zeros(len(w), model.size, dtype=torch.float64, device=w.device)
     hessian = identity.repeat(len(w), 1, 1)
     damping = torch.full_like(value, 1e-2)
@@ -335,7 +339,7 @@ def climb(
         proposals = (w[rows] - moves).clamp(max=FURTHEST).maximum(least_w).to(w.dtype)
         tried = lenses[rows].repeat(len(TRIALS))
         reached = model.log_density(proposals.flatten(0, 1), temperature, tried)
-        best, which = reached.unflatten(0, (len(TRIALS), -1)).nan_to_num(nan=-torch.inf).max(0)
+        best, which = _number(reached.unflatten(0, (len(TRIALS), -1))).max(0)
         better = best > value[rows]
         gain = torch.where(better, best - value[rows], torch.inf)
         w[rows] = torch.where(better[:, None], proposals[which, torch.arange(len(rows), device=w.device)], w[rows])
@@ -346,3 +350,8 @@ def climb(
         stale[rows] = better
         active[rows] = (gain >= least) & (damping[rows] < DAMPING[1])
     return w, value, ~active & torch.isfinite(value)
+
+
+def _number(log_density: Tensor) -> Tensor:
+    """Log densities that can be ranked: what is not a number would come before all that are."""
+    return torch.where(log_density.isnan(), -torch.inf, log_density)

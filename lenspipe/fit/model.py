@@ -265,9 +265,9 @@ class LensModel:
 
     @torch.no_grad()
     def normal_equations(self, w: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """|r|^2 [n], J^T r [n, size] and J^T J [n, size, size] in float64, of all lenses or those at `rows` [n].
+        """|r|^2 [n], J^T r [n, size] and J^T J [n, size, size] as float64, of all lenses or those at `rows` [n].
 
-        A bounded piece at a time.
+        The products are made in the precision of the images, a bounded piece at a time.
         """
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
         gradient, hessian = w.new_zeros(*w.shape, dtype=torch.float64), torch.diag_embed(torch.zeros_like(w).double())
@@ -281,7 +281,7 @@ class LensModel:
         return chi2, gradient, hessian
 
     def hessian(self, w: Tensor, rows: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Gauss-Newton Hessian [n, size, size] of minus `log_density`, float64, positive definite."""
+        """Gauss-Newton Hessian [n, size, size] of minus `log_density`, float64, positive definite but for rounding."""
         named, of_source = self.split(w)
         prior = torch.diag_embed(torch.ones_like(w, dtype=torch.float64))
         prior[:, named.shape[1] :, named.shape[1] :] = self.source.prior_curvature(of_source)

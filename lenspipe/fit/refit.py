@@ -15,10 +15,11 @@ from lenspipe.results import AS_WRITTEN, Results
 
 def refit_lenses(
     config: Config, paths: Results, names: Sequence[str], where: str | None, draws_factor: int, workers: int | None = 1
-) -> list[str]:
-    """Fit the lenses named, and those whose row of the summary meets a condition, again; return their names.
+) -> tuple[list[str], dict[str, str]]:
+    """Fit the lenses named, and those whose row of the summary meets a condition, again.
 
-    Their new results take the place of the old ones, also in later runs of the same settings.
+    Returns their names, and why some of them were not fitted. New results take the place of the old ones, also in later
+    runs of the same settings.
     Raises InputError for unknown names, a condition that cannot be read, and where no lens is chosen.
     """
     chosen = [*names, *(chosen_where(paths, where) if where else [])]
@@ -27,9 +28,10 @@ def refit_lenses(
     places = {name: row for row, name in enumerate(read_catalogue(paths.catalogue)["name"])}
     if unknown := [name for name in chosen if name not in places]:
         raise InputError(f"{', '.join(unknown)}: no such lens in the catalogue {paths.catalogue}")
+    failures: dict[str, str] = {}
     for shard in sorted({places[name] // config.fit.shard_size for name in chosen}):
-        fit_shard(config, paths, shard, workers, again=chosen, draws_factor=draws_factor)
-    return sorted(set(chosen), key=places.__getitem__)
+        failures |= fit_shard(config, paths, shard, workers, again=chosen, draws_factor=draws_factor)
+    return sorted(set(chosen), key=places.__getitem__), {n: why for n, why in failures.items() if n in chosen}
 
 
 def chosen_where(paths: Results, where: str) -> list[str]:

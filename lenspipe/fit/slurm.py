@@ -19,6 +19,7 @@ import dask
 import dask_jobqueue  # with its defaults, which the site's settings go over
 import yaml
 from dask.distributed import Client
+from dask.utils import parse_bytes
 from dask_jobqueue.slurm import SLURMJob
 from distributed.deploy.spec import ProcessInterface
 
@@ -51,10 +52,22 @@ def site_settings(where: Cluster) -> dict[str, Any]:
         raise ConfigError(
             f"cluster.site: {path.resolve()}: no such file; it says what a SLURM job of a worker asks for"
         )
-    site = yaml.safe_load(path.read_text())
-    if not isinstance(site, dict) or "slurm" not in site.get("jobqueue", {}):
+    try:
+        site = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cluster.site: {path}: not YAML: {error}") from None
+    queues = site.get("jobqueue") if isinstance(site, dict) else None
+    if not isinstance(queues, dict) or not isinstance(queues.get("slurm"), dict):
         raise ConfigError(f"cluster.site: {path}: expected the section jobqueue.slurm, found {str(site)[:80]}")
-    return {key: dask.config.merge(dask.config.get(key, {}), value) for key, value in site.items()}
+    settings = {key: dask.config.merge(dask.config.get(key, {}), value) for key, value in site.items()}
+    memory = settings["jobqueue"]["slurm"].get("memory")
+    try:
+        parse_bytes(memory)
+    except (ValueError, AttributeError):
+        raise ConfigError(
+            f"cluster.site: {path}: jobqueue.slurm.memory: expected what a job may use, such as 4GB, found {memory}"
+        ) from None
+    return settings
 
 
 class Job(SLURMJob):

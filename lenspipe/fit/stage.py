@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +21,7 @@ from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import cluster, resume
-from lenspipe.fit.batch import NO_MEMORY, Task, fit_task, halves
+from lenspipe.fit.batch import NO_MEMORY, Task, batch_checkpoint, fit_task, halves
 from lenspipe.fit.progress import progress
 from lenspipe.fit.resume import Place
 from lenspipe.posteriors.writing import write_shard
@@ -36,8 +38,10 @@ def fit_shard(
     workers: int | None = 1,
     again: Collection[str] = (),
     draws_factor: int = 1,
-) -> None:
+) -> dict[str, str]:
     """Fit the lenses of one shard; write its manifest (shard-0000.csv) and `shard-0000.zarr` beside it.
+
+    Returns why lenses that were tried, or that are in `again` and cannot be, were not fitted, by name.
 
     workers: greatest number of processes on this machine that fit batches side by side, one thread each; 1 fits in this
     process, None is one for each GPU or processor. again: names of lenses that are fitted even if they have a result,
@@ -57,9 +61,9 @@ def fit_shard(
     todo = [name for name, h in own.items() if name in again or (h not in places and name not in failed)]
     workers = cluster.side_by_side(config.cluster, workers) if todo else 1
     tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
-    logs = paths.fit_logs / f"shard-{shard:04d}"
     machine: set[str] = set()  # lenses whose failure may be the machine's
     with progress(len(todo), kept=len(lenses) - len(todo)) as advance:
+        logs = paths.fit_logs / f"shard-{shard:04d}"
         for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
             _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
             parts += made
@@ -67,6 +71,7 @@ def fit_shard(
             machine |= lacking if result else set(task.names)
             failed = {name: why for name, why in failed.items() if name not in task.names} | failures
             advance(len(task.names), len(failures))
+    unusable = lenses.set_index("name")["reason"].to_dict()
     with artefact.alone(store):
         places = resume.located(paths, shard, own.values(), unreadable)
         reasons = {name: why for name, why in failed.items() if own[name] not in places}
@@ -75,11 +80,13 @@ def fit_shard(
         buckets = catalogue.set_index("name")["bucket"].to_dict()
         places |= resume.guests(paths, shard, own.values(), hashes.values(), unreadable)
         standing = {name: [own[name], why] for name, why in reasons.items() if name not in machine}
-        _write_shard(config, paths, shard, places, standing, buckets)
-        _write_manifest(paths.manifest(shard), lenses.set_index("name")["reason"].to_dict() | reasons)
-        for part in parts:
-            part.unlink(missing_ok=True)
+        written = _write_shard(config, paths, shard, places, standing, buckets)
+        _write_manifest(paths.manifest(shard), unusable | reasons, written)
+        for done in (*parts, *begun(paths, lenses["name"])):
+            done.unlink(missing_ok=True)
     _remove_shards_beyond(config, paths, len(catalogue), set(hashes.values()))
+    asked = {name: why for name, why in unusable.items() if why and name in again}
+    return asked | {name: failed[name] for name in todo if name in failed}
 
 
 def members(config: Config, paths: Results, shard: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -105,19 +112,44 @@ def plan(
     workers: int,
     draws_factor: int = 1,
 ) -> list[Task]:
-    """The batches that some usable lenses of a shard are fitted in."""
-    text, tasks = config.model_dump_json(), []
-    for bucket, same in lenses.groupby("bucket", sort=True):
-        names = same["name"].tolist()
+    """The batches that some usable lenses of a shard are fitted in: first those that were begun, as they were."""
+
+    def task(bucket: object, names: Iterable[str]) -> Task:
+        batch = tuple(names)
+        own = tuple(hashes[name] for name in batch)
+        return Task(config.model_dump_json(), paths, str(bucket), batch, own, shard, draws_factor)
+
+    tasks: list[Task] = []
+    left = lenses.set_index("name")["bucket"]
+    for path, key in begun(paths, left.index).items():
+        names = key["names"]
+        if not set(names) <= set(left.index):
+            continue  # some are in another that was begun
+        resumed = task(left[names[0]], names)
+        expected = batch_checkpoint(resumed)
+        if (expected.path, expected.key) == (path, key):
+            tasks.append(resumed)
+            left = left.drop(names)
+    for bucket, same in left.groupby(left, sort=True):
         size = config.fit.batch_size
         if size == "auto":
             shape = tuple(int(side) for side in re.findall(r"\d+", str(bucket))[:2])
-            size = automatic_batch(config, shape, len(names), workers)  # type: ignore[arg-type]
-        for first in range(0, len(names), size):
-            batch = tuple(names[first : first + size])
-            own = tuple(hashes[name] for name in batch)
-            tasks.append(Task(text, paths, str(bucket), batch, own, shard, draws_factor))
+            size = automatic_batch(config, shape, len(same), workers)  # type: ignore[arg-type]
+        tasks += [task(bucket, same.index[first : first + size]) for first in range(0, len(same), size)]
     return tasks
+
+
+def begun(paths: Results, names: Collection[str]) -> dict[Path, dict[str, Any]]:
+    """Checkpoints of batches of these lenses alone that were begun and not ended, with the key of each."""
+    found, known = {}, set(names)
+    for path in sorted(paths.checkpoints.glob("*.safetensors")):
+        try:
+            key = artefact.read_record(path)["key"]
+        except (InputError, KeyError):
+            continue
+        if known.issuperset(key["names"]):
+            found[path] = key
+    return found
 
 
 def _write_shard(
@@ -127,27 +159,35 @@ def _write_shard(
     places: Mapping[str, Place],
     failed: Mapping[str, list[str]],
     bucket_of: Mapping[str, str],
-) -> None:
+) -> str:
     """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone.
 
     failed: hash and reason of the lenses that would fail again; not those whose workers died or had too little memory.
+    Returns when it was written.
     """
     store = paths.store(shard)
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
     files = [paths.catalogue.with_name("lenses.csv"), *resume.files_that_decide(config, paths)]
     facts = {"shard": shard, "failed": dict(failed)}
-    if store.exists() and resume.index_of_store(store) == places and artefact.read_record(store)["facts"] == facts:
-        return
-    record = artefact.provenance("fit", used, files, config.seed, **facts)
+    if store.exists() and resume.index_of_store(store) == places:
+        before = artefact.read_record(store)["facts"]
+        if before == facts | {"written": before.get("written")}:
+            return str(before["written"])
+    written = datetime.now(UTC).isoformat()
+    record = artefact.provenance("fit", used, files, config.seed, **facts, written=written)
     with artefact.written_whole(store) as whole:
         write_shard(whole, resume.gathered(places.values(), bucket_of), record)
+    return written
 
 
-def _write_manifest(path: Path, reasons: Mapping[str, str]) -> None:
-    """One row a lens: failed for a reason, or fitted."""
+def _write_manifest(path: Path, reasons: Mapping[str, str], written: str) -> None:
+    """One row a lens: failed for a reason, or fitted. And when the store was written.
+
+    Without that, Snakemake would see the same manifest where a lens has another result, and make no new summary.
+    """
     rows = [{"name": n, "status": "failed" if why else "fitted", "reason": why} for n, why in reasons.items()]
     with artefact.written_whole(path) as manifest:
-        pd.DataFrame(rows).to_csv(manifest, index=False)
+        pd.DataFrame(rows).assign(written=written).to_csv(manifest, index=False)
 
 
 def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: Collection[str]) -> None:

@@ -30,6 +30,7 @@ PREDICTIVE = {
     "source_sd": "source_sd",
 }
 BASINS = {"basin_log_density": "log_density", "basin_log_evidence": "log_evidence", "basin_w": "w"}
+OF_THE_SEARCH = ("draws_above_map", "seconds_map")  # which say how it went, not what is at the maximum
 SOURCE_SIDES = {"source_column": 0, "source_row": 1}  # place of the centre's coordinate in the frame of the source
 
 
@@ -37,7 +38,8 @@ def tree(lens: xr.Dataset, observed: xr.Dataset | None) -> xr.DataTree:
     """The variables of one lens of the store, in ArviZ's groups; observed: the same lens in the catalogue."""
     places = _coordinates(lens, observed)
     parameters, lens = parameter_names(lens), lens.assign_coords(_along(places, lens))
-    at_map = {str(name): _map_name(str(name)) for name in lens if str(name).endswith("_map")}
+    of_map = [str(name) for name in lens if str(name).endswith("_map") and name not in OF_THE_SEARCH]
+    at_map = {name: _map_name(name) for name in of_map}
     groups = {
         "posterior": lens[[*parameters, "latent"]],
         "sample_stats": lens[list(STATISTICS)].rename(STATISTIC_NAMES),

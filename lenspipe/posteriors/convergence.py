@@ -19,10 +19,11 @@ def convergence(parameters: Iterable[NDArray]) -> tuple[NDArray, NDArray, NDArra
 def convergence_of(values: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """R-hat and bulk and tail effective sample sizes [lens] of a parameter [lens, chain, draw].
 
-    Rank-normalised (Vehtari et al. 2021); where it is constant 1 and the number of draws.
+    Rank-normalised (Vehtari et al. 2021); where it is constant 1 and the number of draws, where a draw is not a number
+    none.
     """
     axes = {"chain_axis": -2, "draw_axis": -1}
-    moving, count = np.ptp(values, axis=(1, 2)) > 0, values.shape[1] * values.shape[2]
+    moving, count = np.ptp(values, axis=(1, 2)) != 0, values.shape[1] * values.shape[2]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         r_hat = array_stats.rhat(values, **axes)

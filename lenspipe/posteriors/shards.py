@@ -58,13 +58,18 @@ def manifests(fit: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
-    """One row a lens of a shard, failures included: `name, status, reason`."""
+    """One row a lens of a shard, failures included: `name, status, reason, written`."""
     return pd.read_csv(path, dtype={"name": str, "status": str, "reason": str}, **AS_WRITTEN).fillna({"reason": ""})
 
 
 def read_manifests(fit: Path) -> pd.DataFrame:
-    """One row a lens, failures included, of all shards."""
-    return pd.concat([read_manifest(path) for path in manifests(fit)], ignore_index=True)
+    """One row a lens, failures included, of all shards. Raises InputError where a lens is in two of them."""
+    table = pd.concat([read_manifest(path).assign(shard=path.name) for path in manifests(fit)], ignore_index=True)
+    if (twice := table["name"].duplicated(keep=False)).any():
+        name = table["name"][twice].iloc[0]
+        where = " and ".join(table["shard"][table["name"] == name])
+        raise InputError(f"{fit}: the lens {name} is in {where}; run the stage fit for all shards again")
+    return table.drop(columns="shard")
 
 
 def groups(fit: Path) -> Iterator[Group]:

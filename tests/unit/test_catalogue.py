@@ -15,9 +15,11 @@ from lenspipe.catalogue.observed import LensFiles, read_image, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
 from lenspipe.catalogue.tables import read_entry, read_table
-from lenspipe.config import Catalogue
+from lenspipe.config import Catalogue, Config
 from lenspipe.errors import InputError
+from lenspipe.fit.batch import Task, fit_task
 from lenspipe.image.psf import gaussian_kernel
+from lenspipe.results import Results
 
 HEADER = "name,pixel_scale,image,noise,psf,mask\n"
 
@@ -54,6 +56,23 @@ def test_good_lens_is_read_back(folder: Path) -> None:
     assert batch.image.shape == (1, 20, 24)
     assert batch.psf.sum().item() == pytest.approx(1)
     assert bool(batch.usable.all())
+
+
+@pytest.mark.parametrize("lost", ["image/c", "noise/zarr.json", ""])
+def test_a_damaged_catalogue_is_no_failure_of_its_lenses(lost: str, folder: Path) -> None:
+    """A batch that cannot be read ends the stage, which says what to do; it is not recorded as a lens that failed."""
+    (folder / "lenses.csv").write_text(HEADER + "good,0.05,image.fits,noise.fits,psf.fits,\n")
+    paths = Results(folder / "out")
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, paths.catalogue)
+    bucket = read_catalogue(paths.catalogue)["bucket"][0]
+    if lost.endswith("/c"):
+        chunk = next(path for path in (paths.catalogue / bucket / lost).rglob("*") if path.is_file())
+        chunk.write_bytes(chunk.read_bytes()[:7])
+    elif lost:
+        (paths.catalogue / bucket / lost).write_text("{")
+    name = "good" if lost else "nobody"
+    with pytest.raises(InputError, match=f"{bucket}: {name}: cannot be read .*; run the stage catalogue again"):
+        fit_task(Task(Config().model_dump_json(), paths, bucket, (name,), ("1",)))
 
 
 @pytest.mark.parametrize(

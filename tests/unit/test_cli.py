@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,12 @@ def test_show_says_what_a_file_is(tmp_path: Path) -> None:
 
 def test_show_of_something_else_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("not ours")
-    for path in (tmp_path / "note.txt", tmp_path / "absent.safetensors"):
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "zarr").mkdir()
+    (tmp_path / "zarr/zarr.json").write_text("[1")
+    for name in ("note.txt", "absent.safetensors", "broken.safetensors", "empty.safetensors", "zarr"):
+        path = tmp_path / name
         shown = lenspipe("show", path)
         assert shown.exit_code == 1
         assert f"error: {path}" in shown.output
@@ -95,7 +101,7 @@ def test_where_fits_run_is_an_option(command: list[str], tmp_path: Path, monkeyp
     """It takes the place of the settings' section; a bad one is one message."""
     asked: list[Config] = []
     monkeypatch.setattr("lenspipe.fit.stage.fit_shard", lambda settings, *_: asked.append(settings))
-    monkeypatch.setattr("lenspipe.fit.refit.refit_lenses", lambda settings, *_: asked.append(settings) or ["a"])
+    monkeypatch.setattr("lenspipe.fit.refit.refit_lenses", lambda settings, *_: asked.append(settings) or (["a"], {}))
     (tmp_path / "config.yaml").write_text("mocks: {systems: 7}\ncluster: {retries: 5}\n")
     given = [*command, "--config", tmp_path / "config.yaml", "--cluster"]
     assert lenspipe(*given, '{"kind": "slurm", "jobs_max": 3}').exit_code == 0
@@ -104,4 +110,13 @@ def test_where_fits_run_is_an_option(command: list[str], tmp_path: Path, monkeyp
     bad = lenspipe(*given, '{"kind": "moon"}')
     assert bad.exit_code == 1
     assert "cluster.kind" in bad.output
+    worse = lenspipe(*given, "slurm")
+    assert worse.exit_code == 1
+    assert '--cluster or LENSPIPE_CLUSTER: expected JSON such as {"kind": "slurm"}, found slurm' in worse.output
     assert len(asked) == 1
+
+
+def test_it_tells_its_version() -> None:
+    told = lenspipe("--version")
+    assert told.exit_code == 0
+    assert told.output.split() == ["lenspipe", version("lenspipe")]

@@ -70,5 +70,5 @@ def test_the_command_writes_the_table(runs: dict[str, Results], tmp_path: Path) 
     folders = [str(paths.root) for paths in runs.values()]
     done = CliRunner().invoke(app, ["compare", *folders, "--to", str(tmp_path / "t.csv")])
     assert done.exit_code == 0
-    assert "19.5" in done.output
+    assert "19.5" in done.stdout  # not where messages go
     assert pd.read_csv(tmp_path / "t.csv")["lead"][0] == 19.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_settings_survive_json() -> None:
         ),
         ({"priors": {"gamma": "Gauss(2, 0.5)"}}, "unknown distribution 'Gauss'"),
         ({"priors": {"gamma1": "Normal(0)"}}, r"has 1 arguments; expected Normal\(mean, sd\)"),
+        ({"priors": {"gamma1": "Normal(0, 1e999)"}}, r"'Normal\(0, 1e999\)': every number must be finite"),
+        ({"priors": {"gamma1": math.nan}}, "or a finite number, found nan"),
+        (
+            {"priors": {"gamma": "TruncatedNormal(1, 0.1, 2.1, 2.7)"}},
+            r"what is left begins 11 sd from the mean, 6 at most; give a nearer mean, or Uniform\(2.1, 2.7\)",
+        ),
+        ({"lens": {"light": {"model": "sersic"}}}, "'model' is the beginning of other names in the results"),
+        ({"lens": {"components": {"source": "sis"}}}, "'source' is the beginning of other names in the results"),
         ({"priors": {"gamma1": "Uniform(1, 0)"}}, r"low \(1\) must be below high \(0\)"),
         ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),
         ({"fit": {"settling_temperatures": [10, 3]}}, "last of settling_temperatures must be 1"),

@@ -757,6 +757,7 @@ def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> Non
     torch.testing.assert_close(beside[1], alone[0], rtol=1e-9, atol=1e-9)
 
 
+PROCESSOR = torch.device("cpu")
 GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5)
 
 
@@ -764,7 +765,7 @@ GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1
 def found(model: tuple[LensModel, Tensor]) -> map_search.MapFit:
     lens_model, truth = model
     w, value, converged = map_search.climb(lens_model, truth, 1.0, 40)
-    return map_search.MapFit.of_one_start(w, value, lens_model.hessian(w), converged)
+    return map_search.MapFit.of_one_start(lens_model, w, value, lens_model.hessian(w), converged)
 
 
 def seeded(lenses: int = 3) -> list[torch.Generator]:
@@ -809,15 +810,15 @@ def test_chains_of_a_killed_batch_go_on(
     with pytest.raises(Killed):
         chains.sample(lens_model, found, GATED, seeded(), COLUMNS, checkpoint)
     monkeypatch.setattr(hmc.Run, "advance", advance)
-    again = map_search.restored(checkpoint.load(), torch.device("cpu"))
+    again = map_search.restored(checkpoint.load(PROCESSOR))
     assert again is not None
     torch.testing.assert_close(again.basins_w, found.basins_w, equal_nan=True)
     resumed = chains.sample(lens_model, again, GATED, seeded(), COLUMNS, checkpoint)
     torch.testing.assert_close(resumed.w, never_stopped.w)
     torch.testing.assert_close(resumed.log_density, never_stopped.log_density)
-    assert chains.Checkpoint(checkpoint.path, {"batch": 2}).load() == {}
+    assert chains.Checkpoint(checkpoint.path, {"batch": 2}).load(PROCESSOR) == {}
     later = chains.Checkpoint(checkpoint.path, {"batch": 1})
-    later.resume(later.load())
+    later.resume(later.load(PROCESSOR))
     assert later.searched == 3.0
     assert 1000.0 < later.seconds < 2000.0
 

@@ -110,3 +110,10 @@ def test_a_place_that_is_given_does_not_move() -> None:
     moved = [name for name, by in zip(names, (x - w).abs().amax(0), strict=False) if float(by) > 0]
     assert moved == ["source_y"]
     torch.testing.assert_close(chains.value_and_gradient(x)[0], chains.model.log_density(w))
+
+
+def test_nothing_need_follow() -> None:
+    """Without a residual field, and the place of the source fixed, unknowns are the model's own."""
+    chains, w = following("gaussian", source_x=0.1, source_y="TruncatedNormal(0, 0.1, -0.5, 0.5)")
+    torch.testing.assert_close(chains.to_following(w), w)
+    torch.testing.assert_close(chains.value_and_gradient(w)[1], chains.model.value_and_gradient(w)[1])

@@ -16,14 +16,15 @@ import xarray as xr
 from typer.testing import CliRunner
 
 from lenspipe import artefact
+from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.cli import app
 from lenspipe.config import Config, Fit
 from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import batch, cluster, resume
-from lenspipe.fit.batch import Result, Task
+from lenspipe.fit.batch import Result, Task, batch_checkpoint
 from lenspipe.fit.parts import read_part, write_part
 from lenspipe.fit.refit import refit_lenses
-from lenspipe.fit.stage import fit_shard
+from lenspipe.fit.stage import fit_shard, plan
 from lenspipe.posteriors.reading import open_posteriors
 from lenspipe.posteriors.shards import read_manifests
 from lenspipe.results import Results
@@ -202,8 +203,10 @@ def test_a_lens_that_failed_is_not_tried_again_but_when_told(paths: Results, ask
     reasons = read_manifests(paths.fit).set_index("name")["reason"]
     assert reasons["hopeless"] == "ArithmeticError: no numbers"
     assert set(reasons.drop("hopeless")) == {""}
-    refit_lenses(config(), paths, ["hopeless"], None, 1)
+    chosen, failures = refit_lenses(config(), paths, ["hopeless", "a"], None, 1)
     assert asked["hopeless"] > before
+    assert chosen == ["a", "hopeless"]
+    assert failures == {"hopeless": "ArithmeticError: no numbers"}
 
 
 def test_a_lens_too_large_for_the_memory_is_tried_again(paths: Results, asked: Counter[str]) -> None:
@@ -271,8 +274,13 @@ def test_refit_by_a_condition(paths: Results, asked: Counter[str]) -> None:
     paths.summary.parent.mkdir()
     table = pd.DataFrame({"name": NAMES, "status": "ok", "flags": "", "ess_bulk_min": [500, 300, *[500] * 5]})
     table.to_csv(paths.summary, index=False)
-    assert refit_lenses(config(), paths, [], "ess_bulk_min < 400", 4) == ["b"]
+    manifests = {shard: paths.manifest(shard).read_bytes() for shard in (0, 1)}
+    assert refit_lenses(config(), paths, [], "ess_bulk_min < 400", 4) == (["b"], {})
+    assert paths.manifest(0).read_bytes() != manifests[0], "Snakemake would not see that there is a new result"
+    assert paths.manifest(1).read_bytes() == manifests[1]
+    refitted = paths.manifest(0).read_bytes()
     again = run(config(), paths, (0, 1))
+    assert paths.manifest(0).read_bytes() == refitted
     assert asked == Counter(NAMES) + Counter("b")
     assert again["draws_factor"].to_numpy().tolist() == [1, 4, 1, 1, 1, 1, 1]
     assert not np.array_equal(again["theta_E"].sel(lens="b"), first["theta_E"].sel(lens="b"))
@@ -309,3 +317,50 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(LenspipeError, match=r"shard-0000\.zarr: no space left"):
         fill_the_disk(target)
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_refit_of_what_cannot_be_fitted_says_so(paths: Results, asked: Counter[str]) -> None:
+    """The command names the lens and the reason; a result that there was stays."""
+    table = pd.read_csv(paths.catalogue.with_name("lenses.csv"), keep_default_na=False)
+    table.loc[table["name"] == "c", ["status", "reason", "bucket"]] = ["unusable", "no PSF", ""]
+    table.to_csv(paths.catalogue.with_name("lenses.csv"), index=False)
+    run(config(), paths, (0, 1))
+    done = CliRunner().invoke(
+        app, ["refit", "c", "a", "--config", config().model_dump_json(), "-r", str(paths.root), "--workers", "1"]
+    )
+    assert done.exit_code == 1
+    assert "c: not fitted: no PSF" in done.output
+    assert "fitted again: a" in done.output
+    assert asked == Counter("abdefg") + Counter("a")
+
+
+def test_batches_go_on_as_they_were_begun(paths: Results, asked: Counter[str]) -> None:
+    """From their checkpoints, whatever batches would be made now; not those of other settings, nor twice."""
+    lenses = read_catalogue(paths.catalogue)
+    hashes = resume.lens_hashes(config(), paths, lenses)
+
+    def planned(size: int, of: Config) -> list[Task]:
+        own = of.model_copy(update={"fit": of.fit.model_copy(update={"batch_size": size})})
+        return plan(own, paths, 0, lenses, hashes, 1)
+
+    first, second, third = (batch_checkpoint(task) for task in planned(3, config()))
+    second.save({})
+    third.save({})
+    names = [task.names for task in planned(5, config())]
+    assert names == [("d", "e", "f"), ("g",), ("a", "b", "c")]
+    assert [batch_checkpoint(task).path for task in planned(5, config())[:2]] == [second.path, third.path]
+    first.key["hashes"] = ["other"] * 3
+    first.save({})
+    batch_checkpoint(planned(5, config())[0].of(("d", "e"))).save({})
+    second.path.write_text("broken")
+    assert [task.names for task in planned(5, config())] == [("d", "e"), ("g",), ("a", "b", "c", "f")]
+    run(config(shard_size=7), paths, (0,))
+    assert list(paths.checkpoints.iterdir()) == [second.path]  # of which none can say whose it is; others are removed
+
+
+def test_a_lens_in_two_manifests_is_named(paths: Results, asked: Counter[str]) -> None:
+    """As where shards got another size and only some of them were fitted again."""
+    run(config(), paths, (0, 1))
+    run(config(shard_size=6), paths, (0,))
+    with pytest.raises(InputError, match=r"the lens f is in shard-0000.csv and shard-0001.csv; run the stage fit"):
+        read_manifests(paths.fit)

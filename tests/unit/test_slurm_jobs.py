@@ -118,6 +118,16 @@ def test_a_site_file_of_ones_own(tmp_path: Path) -> None:
     assert settings["jobqueue"]["slurm"]["death-timeout"] == 60  # what the file leaves out is dask-jobqueue's own
     with pytest.raises(ConfigError, match=r"cluster.site: .*absent.yaml: no such file"):
         slurm.site_settings(Cluster(site=str(tmp_path / "absent.yaml")))
-    (tmp_path / "site.yaml").write_text("slurm: {queue: long}\n")
-    with pytest.raises(ConfigError, match=r"site.yaml: expected the section jobqueue.slurm, found \{'slurm'"):
-        slurm.site_settings(Cluster(site=str(tmp_path / "site.yaml")))
+    for text, said in (
+        ("slurm: {queue: long}", r"expected the section jobqueue.slurm, found \{'slurm'"),
+        ("jobqueue:", "expected the section jobqueue.slurm, found"),
+        (
+            "jobqueue: {slurm: {queue: long}}",
+            "jobqueue.slurm.memory: expected what a job may use, such as 4GB, found None",
+        ),
+        ("jobqueue: {slurm: {memory: much}}", "jobqueue.slurm.memory: .* found much"),
+        ("jobqueue: {slurm: ", "site.yaml: not YAML"),
+    ):
+        (tmp_path / "site.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            slurm.site_settings(Cluster(site=str(tmp_path / "site.yaml")))

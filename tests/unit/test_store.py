@@ -110,6 +110,8 @@ def test_one_lens_is_an_arviz_object(run: Path) -> None:
     assert columns[[0, -1]] == pytest.approx([x - width * 63 / 128, x + width * 63 / 128])
     everything = {str(name) for group in lens.children.values() for name in group.data_vars}
     assert {"starts_agreeing", "predictive_p", "magnification", "source_frame"} <= everything
+    assert {"draws_above_map", "seconds_map"} <= set(lens["diagnostics"].data_vars)
+    assert not {"draws_above", "seconds"} & set(lens["map"].data_vars)
 
 
 def test_classic_arviz_takes_it_too(run: Path) -> None:

@@ -18,7 +18,17 @@ from lenspipe.posteriors import shards, writing
 from lenspipe.posteriors.shards import Group
 from lenspipe.report.page import FLAGS
 from lenspipe.results import Results
-from lenspipe.summary import all_rows, ascii_text, diagnostics, find_flags, unwrapped, write_summary
+from lenspipe.summary import (
+    all_rows,
+    ascii_text,
+    diagnostics,
+    find_flags,
+    group_rows,
+    moments,
+    unit_of,
+    unwrapped,
+    write_summary,
+)
 from tests.conftest import ROOT
 from tests.posteriors import posteriors, write_catalogue, write_store
 
@@ -219,3 +229,43 @@ def test_a_run_without_a_posterior_has_a_summary(tmp_path: Path) -> None:
     write_summary(Summary(), Results(tmp_path))
     assert pd.read_csv(tmp_path / "summary/lenses.csv")["reason"].tolist() == ["no memory", "no PSF"]
     assert len(Table.read(tmp_path / "summary/lenses.fits")) == 2
+
+
+def test_units_of_parameters_that_are_called_as_statistics_are() -> None:
+    for column in ("bulge_sd_median", "bulge_sd_sd", "true_bulge_sd", "halo_sd_min_p16", "halo_sd_max_map"):
+        assert unit_of(column) == "arcsec", column
+    for column in ("bulge_sd_r_hat", "gamma_sd", "true_gamma"):
+        assert unit_of(column) is None, column
+
+
+def test_statistics_of_draws_of_which_some_have_no_value() -> None:
+    """As an Einstein radius where a critical curve does not close: few of them may lack it."""
+    values = np.random.default_rng(1).normal(size=(3, 200))
+    expected = moments("x", values)
+    values[1, :15] = values[2, 1:] = np.nan
+    found = moments("x", values)
+    for name, of_all in expected.items():
+        assert found[name][0] == of_all[0], name
+        assert abs(found[name][1] - of_all[1]) < 0.3, name
+        assert np.isnan(found[name][2]), name
+
+
+def test_a_draw_that_is_no_number_has_not_converged() -> None:
+    """Nor does it pass any gate."""
+    draws = autoregressive(0.0, (1, 4, 300))
+    draws[0, 0, 0] = np.nan
+    found = diagnostics({"theta_E": draws})
+    assert np.isnan(found["r_hat_max"][0])
+    row = GOOD | {name: values[0] for name, values in found.items()} | {"draws_above_map": np.nan}
+    assert {"r_hat", "ess", "map_not_converged"} <= set(find_flags(row, Summary()))
+
+
+def test_angles_at_the_map_are_on_the_branch_of_their_draws(tmp_path: Path) -> None:
+    lenses = posteriors(["a"], seed=1)
+    phi = np.pi / 2 + 0.01 * np.random.default_rng(0).normal(size=lenses["phi"].shape)
+    wrapped = (phi + np.pi / 2) % np.pi - np.pi / 2
+    lenses = lenses.assign(phi=(lenses["phi"].dims, wrapped), phi_map=("lens", [np.pi / 2 - 0.02]))
+    row = group_rows(lenses).iloc[0]
+    assert abs(row["phi_map"] - row["phi_median"]) < 0.1
+    row = group_rows(lenses.assign(phi_map=("lens", [-np.pi / 2 + 0.02]))).iloc[0]
+    assert abs(row["phi_map"] - row["phi_median"]) < 0.1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import lenspipe
 from lenspipe.config import load_config
 from tests.conftest import ROOT, snakemake
 from tests.unit.test_preparation import RADIUS, write_lens
+from tests.workflow.test_workflow import jobs
 
 pytestmark = pytest.mark.workflow
 PRESET = ROOT / "workflow/presets/observed.yaml"
@@ -67,6 +70,29 @@ def test_light_of_the_lens_is_part_of_the_model(run: Path) -> None:
     image, arcs = (lens["observed_data"][name].to_numpy() for name in ("image", "arcs"))
     assert (model - light)[arcs].sum() == pytest.approx((image - light)[arcs].sum(), rel=0.3)
     assert (light >= 0).all()
+
+
+def test_changed_and_further_files_are_noticed(run: Path, tmp_path: Path) -> None:
+    """Those of a folder of lenses; before, there is nothing to do."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    settings["catalogue"]["tables"] = [str(folder / "lenses")]
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+
+    def to_do(*arguments: str) -> Counter[str]:
+        done = snakemake(folder, "--until", "catalogue", *arguments, config=folder / "settings.yaml")
+        assert done.returncode == 0, done.stderr
+        return jobs(done.stdout)
+
+    to_do()
+    assert to_do("--dry-run") == Counter()
+    write_lens(folder / "lenses/further")
+    assert to_do("--dry-run") == Counter(catalogue=1)
+    shutil.rmtree(folder / "lenses/further")
+    assert to_do("--dry-run") == Counter()
+    shutil.rmtree(folder / "lenses/broken")
+    write_lens(folder / "lenses/broken")
+    assert to_do("--dry-run") == Counter(catalogue=1)
 
 
 def test_the_report_draws_it(run: Path) -> None:

@@ -222,6 +222,21 @@ def test_a_changed_lens_file_reruns_the_catalogue(
     assert jobs(snakemake(run, *until, config=config).stdout) == Counter(catalogue=1)
 
 
+def test_a_refit_makes_a_new_summary(tiny_run: Path, tmp_path: Path) -> None:
+    """The command tells what it does, and the next run sees that there is a new result."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    command = [sys.executable, "-m", "lenspipe", "refit", "mock-0000-high", "--draws-factor", "2", "--workers", "1"]
+    done = subprocess.run(
+        [*command, "--config", str(TINY), "--results", str(run / "results")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "fitted again: mock-0000-high" in done.stderr, done.stderr
+    assert set(jobs(snakemake(run, "--dry-run").stdout)) == {"summary", "report", "all"}
+
+
 def test_a_further_deflector_goes_through_the_run(tiny_run: Path, tmp_path: Path) -> None:
     """Mocks are lensed by it, its parameters are fitted, summarised and reported beside their truth."""
     run = shutil.copytree(tiny_run, tmp_path / "run")

@@ -18,5 +18,6 @@ rule catalogue:
         runtime=60,
     params:
         settings=sections("catalogue", "mocks", lens={"psf_supersampling"}),
+        files=files_of_tables,
     shell:
         "python -m lenspipe catalogue --config {params.settings:q} > {log} 2>&1"

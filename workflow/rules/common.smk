@@ -7,7 +7,7 @@ from shlex import quote
 
 sys.path.insert(0, workflow.basedir)
 
-from lenspipe.catalogue.tables import count_shards
+from lenspipe.catalogue.tables import count_shards, stamp
 from lenspipe.config import expand_path, load_config
 from lenspipe.errors import LenspipeError
 from lenspipe.running import note_run, refuse_second_run
@@ -16,6 +16,7 @@ from snakemake.exceptions import WorkflowError
 try:
     settings = load_config(dict(config))
     shards = [f"{number:04d}" for number in range(count_shards(settings))]
+    files_of_tables = stamp(settings)
     if workflow.is_main_process and not workflow.dryrun:
         refuse_second_run(Path(workflow.overwrite_workdir or ".") / "results")
 except LenspipeError as error:
@@ -71,16 +72,18 @@ def source_inputs():
     return ["results/vae/vae.safetensors", "results/galaxies/galaxies.zarr/zarr.json"]
 
 
+def table_inputs():
+    """The deflection table, where deflections are taken from it."""
+    if settings.lens.deflection != "table":
+        return []
+    return ["results/deflection_table/deflection_table.safetensors"]
+
+
 def mock_inputs():
     """What the mocks are made of."""
-    table = (
-        ["results/deflection_table/deflection_table.safetensors"]
-        if settings.lens.deflection == "table"
-        else []
-    )
     if settings.mocks.source == "prior":
-        return ["results/source/source_prior.safetensors", *table]
-    return ["results/galaxies/galaxies.zarr/zarr.json", *table]
+        return ["results/source/source_prior.safetensors", *table_inputs()]
+    return ["results/galaxies/galaxies.zarr/zarr.json", *table_inputs()]
 
 
 def report_inputs():
@@ -93,7 +96,7 @@ def report_inputs():
 def catalogue_inputs():
     """What the lens catalogue takes in: mocks, tables and the lenses written in the settings.
 
-    Not the images that a table names: they may be hundreds of thousands.
+    Not the images that a table names: they may be hundreds of thousands. Those of few lenses are in `files_of_tables`.
     """
     mocks = ["results/mocks/lenses.csv"] if settings.has_mocks else []
     images = [path for lens in settings.catalogue.lenses for path in lens.files]

@@ -9,7 +9,7 @@ rule fit:
     input:
         "results/catalogue/catalogue.zarr/zarr.json",
         "results/source/source_prior.safetensors",
-        "results/deflection_table/deflection_table.safetensors",
+        table_inputs(),
     output:
         "results/fit/shard-{shard}.csv",
     log:
