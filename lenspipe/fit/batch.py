@@ -228,7 +228,7 @@ def _critical_curves(
     model: LensModel, w_map: torch.Tensor, draws: torch.Tensor
 ) -> dict[str, tuple[object, np.ndarray]]:
     """Critical curve and caustic at the MAP, and the Einstein radius that follows from the curves of spread draws."""
-    chosen = _spread(draws)
+    chosen = diagnostics.spread(draws, PICTURE_DRAWS)
     found = [derived.critical_curves(model, i, torch.cat([w_map[i : i + 1], chosen[i]])) for i in range(len(w_map))]
     curves, caustics = (np.stack([both[i] for both in found]) for i in (0, 1))
     lens, point = curves.shape[0], ("lens", "curve_point", "axis")
@@ -238,12 +238,6 @@ def _critical_curves(
         "caustic": (point, caustics[:, 0]),
         "einstein_radius": (("lens", "sample"), radii[:, 1:]),
     }
-
-
-def _spread(draws: torch.Tensor) -> torch.Tensor:
-    """At most PICTURE_DRAWS of the draws [lens, chain, draw, size], spread evenly: [lens, n, size]."""
-    flat = draws.flatten(1, 2)
-    return flat[:, torch.linspace(0, flat.shape[1] - 1, min(PICTURE_DRAWS, flat.shape[1])).long()]
 
 
 def _of_basins(model: LensModel, found: map_search.MapFit, data: xr.Dataset) -> np.ndarray:
@@ -268,7 +262,7 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     """
     image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
     unit = model.batch.flux_unit[:, None, None]
-    chosen = _spread(draws).unbind(1)
+    chosen = diagnostics.spread(draws, PICTURE_DRAWS).unbind(1)
     models = torch.stack([model.image(w) for w in chosen])
     total, lensed = (torch.stack(f, 1) for f in zip(*(derived.source_fluxes(model, w) for w in chosen), strict=True))
     radius = torch.stack([derived.half_light_radius(model, w) for w in chosen], 1)

@@ -116,8 +116,7 @@ def critical_curves(model: LensModel, lens: int, w: Tensor) -> tuple[np.ndarray,
 
 def equal_area_radius(curves: np.ndarray) -> np.ndarray:
     """Radius ["] [n] of circles with the areas within closed curves [n, point, 2]; NaN for curves with gaps."""
-    x, y = curves[..., 0], curves[..., 1]
-    return np.sqrt(np.abs((x * np.roll(y, -1, -1) - y * np.roll(x, -1, -1)).sum(-1)) / (2 * np.pi))
+    return np.sqrt(derived.enclosed_area(curves) / np.pi)
 
 
 def _radius_and_images(simulator: Simulator, p: Parameters, half_width: float) -> tuple[float, int]:

@@ -27,13 +27,18 @@ RESIDUAL_DRAWS = 20  # draws whose residuals are looked at
 Variables = dict[str, tuple[object, np.ndarray]]
 
 
+def spread(w: Tensor, number: int) -> Tensor:
+    """At most so many of the draws w [lens, chain, draw, size], spread evenly over all: [lens, n, size]."""
+    flat = w.flatten(1, 2)
+    return flat[:, torch.linspace(0, flat.shape[1] - 1, min(number, flat.shape[1])).long()]
+
+
 @torch.no_grad()
 def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
     """The diagnostics of the lenses of a batch as variables of the posterior store, with their dimensions."""
     pixels = model.batch.usable.sum((-2, -1)).numpy()
     flat = draws.w.flatten(1, 2)
-    chosen = torch.linspace(0, flat.shape[1] - 1, min(RESIDUAL_DRAWS, flat.shape[1])).long()
-    on_arcs, elsewhere, error = mean_residual_correlation(model, flat[:, chosen])
+    on_arcs, elsewhere, error = mean_residual_correlation(model, spread(draws.w, RESIDUAL_DRAWS))
     depth, parameter = prior_depth(model.split(flat)[0].numpy(), model.priors.free)
     evidence = found.basins_log_evidence.numpy()
     highest = draws.log_density.flatten(1).amax(1)

@@ -90,8 +90,11 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     generators: one a lens, so that a lens's starts do not depend on its neighbours in the batch.
     """
     levels = [model]
-    while min(levels[-1].simulator.shape) >= 2 * settings.scout_pixels and levels[-1].coarse() is not levels[-1]:
-        levels.append(levels[-1].coarse())
+    while min(levels[-1].simulator.shape) >= 2 * settings.scout_pixels:
+        coarser = levels[-1].coarse()
+        if coarser is levels[-1]:
+            break
+        levels.append(coarser)
     w, count = scout(levels[-1], settings, generators)
     middle = levels[min(1, len(levels) - 1)]
     w, value = settle(middle, w, settings)

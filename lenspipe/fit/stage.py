@@ -56,21 +56,13 @@ def fit_shard(
     places = resume.located(paths, shard, own.values(), unreadable)
     resume.take_over(paths, shard, own.values() - places.keys())
     places = resume.located(paths, shard, own.values(), unreadable)
-    failed = resume.recorded_failures(store, own)
+    recorded = resume.recorded_failures(store, own)
     parts = list(paths.parts(shard).glob("*.npz"))
-    todo = [name for name, h in own.items() if name in again or (h not in places and name not in failed)]
+    todo = [name for name, h in own.items() if name in again or (h not in places and name not in recorded)]
     workers = cluster.side_by_side(config.cluster, workers) if todo else 1
     tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
-    machine: set[str] = set()  # lenses whose failure may be the machine's
-    with progress(len(todo), kept=len(lenses) - len(todo)) as advance:
-        logs = paths.fit_logs / f"shard-{shard:04d}"
-        for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
-            _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
-            parts += made
-            lacking = {name for name, why in failures.items() if why.startswith(NO_MEMORY)}
-            machine |= lacking if result else set(task.names)
-            failed = {name: why for name, why in failed.items() if name not in task.names} | failures
-            advance(len(task.names), len(failures))
+    made, failures, machine = _fit(config, paths, shard, tasks, workers, len(lenses) - len(todo))
+    failed = {name: why for name, why in recorded.items() if name not in todo} | failures
     unusable = lenses.set_index("name")["reason"].to_dict()
     with artefact.alone(store):
         places = resume.located(paths, shard, own.values(), unreadable)
@@ -82,11 +74,33 @@ def fit_shard(
         standing = {name: [own[name], why] for name, why in reasons.items() if name not in machine}
         written = _write_shard(config, paths, shard, places, standing, buckets)
         _write_manifest(paths.manifest(shard), unusable | reasons, written)
-        for done in (*parts, *begun(paths, lenses["name"])):
+        for done in (*parts, *made, *begun(paths, lenses["name"])):
             done.unlink(missing_ok=True)
     _remove_shards_beyond(config, paths, len(catalogue), set(hashes.values()))
     asked = {name: why for name, why in unusable.items() if why and name in again}
-    return asked | {name: failed[name] for name in todo if name in failed}
+    return asked | failures
+
+
+def _fit(
+    config: Config, paths: Results, shard: int, tasks: list[Task], workers: int, kept: int
+) -> tuple[list[Path], dict[str, str], set[str]]:
+    """Fit batches; the parts that were written, why lenses failed, and those of which it may be the machine's fault.
+
+    kept: how many lenses of the shard need no fit, for the display of the progress.
+    """
+    parts: list[Path] = []
+    failed: dict[str, str] = {}
+    machine: set[str] = set()
+    logs = paths.fit_logs / f"shard-{shard:04d}"
+    with progress(sum(len(task.names) for task in tasks), kept) as advance:
+        for task, result, reason in cluster.run(tasks, fit_task, config.cluster, halves, workers, logs):
+            _, made, failures = result or (task, [], dict.fromkeys(task.names, reason))
+            lacking = {name for name, why in failures.items() if why.startswith(NO_MEMORY)}
+            machine |= lacking if result else set(task.names)
+            parts += made
+            failed |= failures
+            advance(len(task.names), len(failures))
+    return parts, failed, machine
 
 
 def members(config: Config, paths: Results, shard: int) -> tuple[pd.DataFrame, pd.DataFrame]:

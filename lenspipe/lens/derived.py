@@ -134,10 +134,10 @@ def traced(deflection: Deflection, curve: Curve) -> Curve:
     return torch.stack([x - a, y - b], 1).numpy()
 
 
-def enclosed_area(curve: Curve) -> float:
-    """Area within a closed curve ["^2]."""
-    x, y = curve[:, 0], curve[:, 1]
-    return float(abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2)
+def enclosed_area(curves: Curve) -> NDArray:
+    """Areas ["^2] [...] within closed curves [..., point, 2]; NaN for curves with gaps."""
+    x, y = curves[..., 0], curves[..., 1]
+    return np.abs((x * np.roll(y, -1, -1) - y * np.roll(x, -1, -1)).sum(-1)) / 2
 
 
 def einstein_radius(deflection: Deflection, half_width: float, pixels: int = 400) -> float:

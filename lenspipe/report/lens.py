@@ -20,14 +20,13 @@ from rich.progress import track
 
 from lenspipe.image.source_plane import light_centre
 from lenspipe.posteriors.reading import posterior
-from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, parameter_names
+from lenspipe.posteriors.store import PARAMETERS, parameter_names
 from lenspipe.report import figures
 from lenspipe.report.recovery import near
 from lenspipe.report.table import Table, decimals, number, within_error
 from lenspipe.results import Results
-from lenspipe.summary import is_angle, unwrapped
+from lenspipe.summary import DIAGNOSED, is_angle, unwrapped
 
-TRACED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 say the same without a wrap
 CORNER = ("theta_E", "gamma", "phi")
 HEADS = {
     "eti89_lb": "89 % from",
@@ -79,7 +78,7 @@ def lens_section(row: dict[str, Any], paths: Results) -> dict[str, Any]:
         "corner": figures.corner_plot(
             {n: draws[n].to_numpy() for n in CORNER}, {n: truths[n] for n in CORNER if n in truths}
         ),
-        "chains": figures.chains_plot({n: draws[n].to_numpy() for n in (*TRACED, *further)}),
+        "chains": figures.chains_plot({n: draws[n].to_numpy() for n in (*DIAGNOSED, *further)}),
     }
     return {
         **{key: row[key] for key in ("name", "anchor", "status", "origin")},
