@@ -188,8 +188,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of an artefact: a Zarr folder, a safetensors or HTML file, or what has a
-    provenance.json beside it, as FITS files of this package do.
+    """The record of an artefact: a Zarr folder, a safetensors or HTML file, or what has a provenance.json beside it.
 
     Raises InputError where there is none or it cannot be read.
     """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lenspipe.fit.model import LensModel
 
+ROUNDING = 1e-14  # least share of a variance that is left once others are known
 POINTS = 10  # log2 of how many points an orthant's probability is averaged over
 
 
@@ -30,11 +31,9 @@ def log_evidence(
     log_density: [n], there; hessian: [n, size, size], of minus it; rows: [n], the lens of the model that each is of.
     The log posterior is taken for a quadratic, with a slope along what is held at its wall, where w >= 0.
     """
-    whole = log_density - 0.5 * torch.logdet(hessian)
-    whole = torch.where(whole.isnan(), -torch.inf, whole)
-    folded = model.priors.folded
+    whole, folded = log_density - 0.5 * torch.logdet(hessian), model.priors.folded
     if not folded:
-        return whole
+        return torch.where(whole.isnan(), -torch.inf, whole)
     gradient = model.value_and_gradient(w, rows)[1].double()
     held = torch.zeros_like(w, dtype=torch.bool)
     held[:, folded] = (w[:, folded] <= 0) & (gradient[:, folded] < 0)
@@ -43,11 +42,13 @@ def log_evidence(
     tops, spreads = (w.double() + beyond)[:, folded], covariance[:, folded][:, :, folded]
     inside = [log_orthant(top.numpy(), spread.numpy()) for top, spread in zip(tops.cpu(), spreads.cpu(), strict=True)]
     share = torch.tensor(inside, dtype=torch.float64, device=w.device) + len(folded) * math.log(2)  # of half normals
-    return whole + 0.5 * (slope * beyond).sum(-1) + share
+    within = whole + 0.5 * (slope * beyond).sum(-1) + share
+    return torch.where(within.isnan(), -torch.inf, within)
 
 
+@np.errstate(invalid="ignore")
 def log_orthant(mean: NDArray, covariance: NDArray) -> float:
-    """Log of the probability that all of x [size] from a normal distribution are positive.
+    """Log of the probability that all of x [size] from a normal distribution are positive; NaN where it is none.
 
     By conditional probabilities, each averaged over quasi-random draws of those before it (Genz 1992), the least likely
     first (Gibson, Glasbey & Elston 1994). Always the same points.
@@ -56,7 +57,8 @@ def log_orthant(mean: NDArray, covariance: NDArray) -> float:
     mean, root, expected = mean.copy(), np.zeros((size, size)), np.zeros(size)
     order = np.arange(size)
     for k in range(size):
-        spread = np.sqrt(covariance[order[k:], order[k:]] - np.square(root[k:, :k]).sum(1))
+        alone = covariance[order[k:], order[k:]]
+        spread = np.sqrt(np.maximum(alone - np.square(root[k:, :k]).sum(1), ROUNDING * alone))
         chosen = k + np.argmin((mean[order[k:]] + root[k:, :k] @ expected[:k]) / spread)
         root[k, k] = spread[chosen - k]
         pair = np.array([k, chosen])

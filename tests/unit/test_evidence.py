@@ -95,3 +95,6 @@ def test_evidence_is_the_integral_within_the_walls(true: tuple[float, float]) ->
     area = math.prod(float(axis[1] - axis[0]) for axis in axes)
     summed = torch.logsumexp(at + share.log(), 0) + math.log(4 * area / (2 * math.pi))  # density of two half normals
     torch.testing.assert_close(found, summed, rtol=0, atol=0.02)
+    spoiled = hessian.clone()
+    spoiled[0, 0, 0] *= -1
+    assert log_evidence(model, w, value, spoiled)[0] == -math.inf

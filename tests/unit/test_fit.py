@@ -436,6 +436,9 @@ def test_a_start_without_numbers_does_not_take_the_others_with_it(model: tuple[L
     value = torch.stack([lens_model.log_density(truth), torch.full_like(truth[:, 0], torch.nan)], 1)
     found = map_search.finish(lens_model, lens_model, w, value, Fit(final_steps=3))
     assert bool((found.log_density > value[:, 0] - 1).all())
+    _, reached, done = map_search.climb(lens_model, w[:, 1], 1.0, 2)
+    assert (reached == -torch.inf).all(), "what is no number would be ranked first"
+    assert not done.any()
     none = map_search.finish(lens_model, lens_model, w[:, 1:], value[:, 1:], Fit(final_steps=3))
     assert not torch.isfinite(none.log_density).any()
 
