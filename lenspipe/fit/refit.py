@@ -9,6 +9,7 @@ import pandas as pd
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError
+from lenspipe.fit import resume
 from lenspipe.fit.stage import fit_shard
 from lenspipe.results import AS_WRITTEN, Results
 
@@ -19,17 +20,26 @@ def refit_lenses(
     """Fit the lenses named, and those whose row of the summary meets a condition, again.
 
     Returns their names, and why some of them were not fitted. New results take the place of the old ones, also in later
-    runs of the same settings.
-    Raises InputError for unknown names, a condition that cannot be read, and where no lens is chosen.
+    runs of the same settings. Raises InputError for unknown names, a condition that cannot be read, where no lens is
+    chosen, and where all that is there was fitted with other settings: it would all be fitted again.
     """
     chosen = [*names, *(chosen_where(paths, where) if where else [])]
     if not chosen:
         raise InputError(f"no lens to fit again; name some, or give a condition that some meet (found: {where})")
-    places = {name: row for row, name in enumerate(read_catalogue(paths.catalogue)["name"])}
+    catalogue = read_catalogue(paths.catalogue)
+    places = {name: row for row, name in enumerate(catalogue["name"])}
     if unknown := [name for name in chosen if name not in places]:
         raise InputError(f"{', '.join(unknown)}: no such lens in the catalogue {paths.catalogue}")
     failures: dict[str, str] = {}
-    for shard in sorted({places[name] // config.fit.shard_size for name in chosen}):
+    shards = sorted({places[name] // config.fit.shard_size for name in chosen})
+    hashes = set(resume.lens_hashes(config, paths, catalogue).values())
+    for store in map(paths.store, shards):
+        if (there := resume.index_of_store(store)) and not there.keys() & hashes:
+            raise InputError(
+                f"{store}: none of its {len(there)} results is of these settings and this source prior; give --config "
+                "the settings of that run"
+            )
+    for shard in shards:
         failures |= fit_shard(config, paths, shard, workers, again=chosen, draws_factor=draws_factor)
     return sorted(set(chosen), key=places.__getitem__), {n: why for n, why in failures.items() if n in chosen}
 

@@ -364,3 +364,12 @@ def test_a_lens_in_two_manifests_is_named(paths: Results, asked: Counter[str]) -
     run(config(shard_size=6), paths, (0,))
     with pytest.raises(InputError, match=r"the lens f is in shard-0000.csv and shard-0001.csv; run the stage fit"):
         read_manifests(paths.fit)
+
+
+def test_a_refit_with_other_settings_is_refused(paths: Results, asked: Counter[str]) -> None:
+    """Such as the defaults, where --config was forgotten: all results would be replaced."""
+    first = run(config(), paths, (0, 1))
+    with pytest.raises(InputError, match=r"shard-0000.zarr: none of its 5 results is of these settings .*--config"):
+        refit_lenses(config(draws=30), paths, ["a"], None, 4)
+    xr.testing.assert_identical(run(config(), paths, (0, 1)), first)
+    assert asked == Counter(NAMES)
