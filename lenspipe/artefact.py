@@ -196,7 +196,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file or folder")
     try:
         found = _found_record(path)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its record cannot be read ({error}); it is damaged, or not lenspipe's") from None
     if found is None:
         raise InputError(f"{path}: carries no record of lenspipe, nor does its folder")

@@ -220,7 +220,7 @@ def refit(
         settings = with_cluster(load_config(config), cluster)
         chosen, failures = refit_lenses(settings, Results(results), names or [], where, draws_factor, workers)
     for name, reason in failures.items():
-        console.print(f"{escape(name)}: [red]not fitted:[/red] {escape(reason)}; what there was of it is kept")
+        console.print(f"{escape(name)}: [red]not fitted:[/red] {escape(reason)}")
     if fitted := [name for name in chosen if name not in failures]:
         console.print(f"fitted again: {escape(', '.join(fitted))}")
     if failures:

@@ -227,11 +227,16 @@ def moments(name: str, values: NDArray) -> dict[str, NDArray]:
 
     Of the draws that have a value: few may lack it, as a mass whose critical curve does not close, but not a tenth.
     """
-    values = np.where(np.isnan(values).mean(1, keepdims=True) < LACKING, values, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of lenses without any
-        p16, median, p84 = np.nanpercentile(values, [16, 50, 84], axis=1)
-        spread = {"mean": np.nanmean(values, 1), "sd": np.nanstd(values, 1)}
+    lacking = np.isnan(values).mean(1, keepdims=True)
+    if not lacking.any():  # several times as fast
+        p16, median, p84 = np.percentile(values, [16, 50, 84], axis=1)
+        spread = {"mean": values.mean(1), "sd": values.std(1)}
+    else:
+        values = np.where(lacking < LACKING, values, np.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of lenses without any
+            p16, median, p84 = np.nanpercentile(values, [16, 50, 84], axis=1)
+            spread = {"mean": np.nanmean(values, 1), "sd": np.nanstd(values, 1)}
     return {f"{name}_{key}": value for key, value in ({"median": median, "p16": p16, "p84": p84} | spread).items()}
 
 

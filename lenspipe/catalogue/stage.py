@@ -120,7 +120,8 @@ def read_catalogue(out: Path) -> pd.DataFrame:
 def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> LensBatch:
     """The lenses of one bucket by name, in the order asked for.
 
-    Raises InputError where they cannot be read, MemoryError where there is no room for them.
+    Raises InputError where they are missing or damaged, MemoryError where there is no room for them, OSError where the
+    file system does not answer.
     """
     parts = ("image", "noise", "usable", "psf", "pixel_scale", "flux_unit", "light_unit")
     try:
@@ -129,6 +130,8 @@ def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> 
         lenses = group.isel(lens=[position[name] for name in names])
         tensors = {name: torch.from_numpy(lenses[name].to_numpy()) for name in parts}
     except Exception as error:  # whatever xarray, Zarr and its codecs raise
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         if out_of_memory(error):
             raise MemoryError(f"{out / bucket}: {error}") from None
         raise InputError(

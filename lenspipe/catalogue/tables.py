@@ -80,13 +80,16 @@ def outside_files(config: Config) -> list[Path]:
 
 def stamp(config: Config) -> str:
     """A hash of names, sizes and times of the files that tables name, to notice changes; empty for many lenses."""
-    if not config.catalogue.tables or count_lenses(config) > STAMPED:
+    entries = [entry for table in config.catalogue.tables for entry in _table_entries(expand_path(table), table)]
+    if not 0 < len(entries) <= STAMPED:
         return ""
     digest = hashlib.sha256()
-    for entry in _entries(config.catalogue, None):
-        named = [path for path in (entry.files.image, entry.files.psf, entry.files.noise, entry.files.mask) if path]
-        for path in named:
-            found = path.stat() if path.is_file() else None
+    for entry in entries:
+        for path in (entry.files.image, entry.files.psf, entry.files.noise, entry.files.mask):
+            try:
+                found = path.stat() if path else None
+            except OSError:  # it is not there, or no path
+                found = None
             digest.update(f"{entry.name} {path} {found and (found.st_size, found.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
 

@@ -29,7 +29,7 @@ class DeflectionTable(Section):
         return self
 
 
-RESERVED = ("model", "source")  # with which names of pictures and of the source's parameters begin
+RESERVED = ("model", "source", "true")  # with which names of pictures, of the source and of truths begin
 
 
 def _not_reserved(name: str) -> str:

@@ -70,12 +70,13 @@ class Checkpoint:
         """The tensors, on a device; none where the file is absent, broken or of another key."""
 
         def build(tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Tensor]:
-            return {name: t.to(device) for name, t in tensors.items()} if record["key"] == self.key else {}
+            return tensors if record["key"] == self.key else {}
 
         try:
-            return read_tensors(self.path, "a checkpoint", "fit", build)
+            tensors = read_tensors(self.path, "a checkpoint", "fit", build)
         except InputError:
             return {}
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def sample(

@@ -11,65 +11,80 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import log_ndtr, logsumexp, ndtri_exp
-from scipy.stats import qmc
+from scipy.special import log_ndtr
 from torch import Tensor
 
 from lenspipe.fit.model import LensModel
 
-ROUNDING = 1e-14  # least share of a variance that is left once others are known
-POINTS = 10  # log2 of how many points an orthant's probability is averaged over
+SWEEPS = 100  # over the walls, at most
+SETTLED = 1e-4  # change in a sweep that is the last [nat]
+FAR = 30.0  # standard deviations beyond a wall from which on series serve
 
 
 @torch.no_grad()
-def log_evidence(
-    model: LensModel, w: Tensor, log_density: Tensor, hessian: Tensor, rows: Tensor | None = None
-) -> Tensor:
-    """Log evidence [n] but for a constant of the data, float64, of maxima w [n, size], folded unknowns at or above 0.
+def laplace(model: LensModel, w: Tensor, log_density: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Hessians [n, size, size] of minus the log posterior at maxima w [n, size], and their log evidence [n]; float64.
 
-    Minus infinity where the log density is not finite or the Hessian, by rounding, not positive definite.
-    log_density: [n], there; hessian: [n, size, size], of minus it; rows: [n], the lens of the model that each is of.
-    The log posterior is taken for a quadratic, with a slope along what is held at its wall, where w >= 0.
+    Of the search's unknowns, whose prior is normal; folded ones are at or above 0. log_density: [n], there; rows: [n],
+    the lens of the model that each is of. The log posterior is taken for a quadratic, with a slope along what is held
+    at its wall, where w >= 0. The evidence is but for a constant of the data, and minus infinity where the log density
+    is not finite or the Hessian, by rounding, not positive definite.
     """
-    whole, folded = log_density - 0.5 * torch.logdet(hessian), model.priors.folded
-    if not folded:
-        return torch.where(whole.isnan(), -torch.inf, whole)
-    gradient = model.value_and_gradient(w, rows)[1].double()
-    held = torch.zeros_like(w, dtype=torch.bool)
-    held[:, folded] = (w[:, folded] <= 0) & (gradient[:, folded] < 0)
-    slope, covariance = torch.where(held, gradient, 0.0), torch.linalg.inv(hessian)
-    beyond = (covariance @ slope[..., None])[..., 0]  # from w to the top of the Gaussian
-    tops, spreads = (w.double() + beyond)[:, folded], covariance[:, folded][:, :, folded]
-    inside = [log_orthant(top.numpy(), spread.numpy()) for top, spread in zip(tops.cpu(), spreads.cpu(), strict=True)]
-    share = torch.tensor(inside, dtype=torch.float64, device=w.device) + len(folded) * math.log(2)  # of half normals
-    within = whole + 0.5 * (slope * beyond).sum(-1) + share
-    return torch.where(within.isnan(), -torch.inf, within)
+    _, slope, curvature = model.normal_equations(w, rows)
+    gradient, hessian = -slope - w.double(), curvature + torch.eye(w.shape[1], dtype=torch.float64, device=w.device)
+    root, failed = torch.linalg.cholesky_ex(hessian)
+    evidence = log_density - root.diagonal(dim1=1, dim2=2).log().sum(-1)
+    if folded := model.priors.folded:
+        covariance = torch.cholesky_inverse(root)
+        held = torch.zeros_like(w, dtype=torch.bool)
+        held[:, folded] = (w[:, folded] <= 0) & (gradient[:, folded] < 0)
+        gradient = torch.where(held, gradient, 0.0)
+        beyond = (covariance @ gradient[..., None])[..., 0]  # from w to the top of the Gaussian
+        tops, spreads = (w.double() + beyond)[:, folded].cpu(), covariance[:, folded][:, :, folded].cpu()
+        inside = [log_orthant(top.numpy(), spread.numpy()) for top, spread in zip(tops, spreads, strict=True)]
+        share = torch.tensor(inside, dtype=torch.float64, device=w.device) + len(folded) * math.log(2)  # half normals
+        evidence = evidence + 0.5 * (gradient * beyond).sum(-1) + share
+    return hessian, torch.where((failed > 0) | evidence.isnan(), -torch.inf, evidence)
 
 
 @np.errstate(invalid="ignore")
 def log_orthant(mean: NDArray, covariance: NDArray) -> float:
     """Log of the probability that all of x [size] from a normal distribution are positive; NaN where it is none.
 
-    By conditional probabilities, each averaged over quasi-random draws of those before it (Genz 1992), the least likely
-    first (Gibson, Glasbey & Elston 1994). Always the same points.
+    By expectation propagation (Minka 2001; Cunningham, Hennig & Lacoste-Julien 2011, arXiv:1111.6832): every wall in
+    turn becomes the Gaussian factor exp(shift x - width x^2 / 2) that gives x the mean and variance which the wall
+    gives it, the other factors being what they are.
     """
-    size = len(mean)
-    mean, root, expected = mean.copy(), np.zeros((size, size)), np.zeros(size)
-    order = np.arange(size)
-    for k in range(size):
-        alone = covariance[order[k:], order[k:]]
-        spread = np.sqrt(np.maximum(alone - np.square(root[k:, :k]).sum(1), ROUNDING * alone))
-        chosen = k + np.argmin((mean[order[k:]] + root[k:, :k] @ expected[:k]) / spread)
-        root[k, k] = spread[chosen - k]
-        pair = np.array([k, chosen])
-        order[pair], root[pair, :k] = order[pair[::-1]], root[pair[::-1], :k]
-        root[k + 1 :, k] = (covariance[order[k + 1 :], order[k]] - root[k + 1 :, :k] @ root[k, :k]) / root[k, k]
-        far = (mean[order[k]] + root[k, :k] @ expected[:k]) / root[k, k]
-        expected[k] = np.exp(-0.5 * far**2 - 0.5 * np.log(2 * np.pi) - log_ndtr(far))
-    log_uniform = np.log(qmc.Sobol(size, rng=0).random_base2(POINTS).T)
-    drawn, log_share = np.empty_like(log_uniform), np.zeros(2**POINTS)
-    for k in range(size):
-        log_inside = log_ndtr((mean[order[k]] + root[k, :k] @ drawn[:k]) / root[k, k])
-        drawn[k] = -ndtri_exp(log_uniform[k] + log_inside)
-        log_share += log_inside
-    return float(logsumexp(log_share) - POINTS * np.log(2))
+    size, precision = len(mean), np.linalg.inv(covariance)
+    width, shift, pull = np.zeros(size), np.zeros(size), precision @ mean
+    without_width, without_shift, log_share = np.empty(size), np.empty(size), np.empty(size)
+    total = math.inf
+    for _ in range(SWEEPS):
+        spread = np.linalg.inv(precision + np.diag(width))
+        for i in range(size):
+            at = spread[i] @ (pull + shift)
+            without_width[i], without_shift[i] = 1 / spread[i, i] - width[i], at / spread[i, i] - shift[i]
+            sd = without_width[i] ** -0.5
+            depth = without_shift[i] * sd
+            log_share[i] = log_ndtr(depth)
+            push, left = truncated(depth)
+            more = (1 / left - 1) / sd**2 - width[i]
+            width[i], shift[i] = width[i] + more, (depth + push) / (left * sd) - without_shift[i]
+            spread -= np.outer(spread[i], spread[i]) * (more / (1 + more * spread[i, i]))
+        square = (shift + without_shift) ** 2 / (width + without_width) - without_shift**2 / without_width
+        factors = log_share + 0.5 * np.log1p(width / without_width) - 0.5 * square
+        middle = np.linalg.solve(precision + np.diag(width), pull + shift)
+        before, total = total, factors.sum() + 0.5 * ((pull + shift) @ middle - mean @ pull)
+        total -= 0.5 * np.linalg.slogdet(np.eye(size) + covariance * width)[1]
+        if abs(total - before) < SETTLED:
+            break
+    return float(total)
+
+
+def truncated(depth: float) -> tuple[float, float]:
+    """Of a standard normal that is left from `-depth` on: by how much its mean is above 0, and its variance."""
+    if depth < -FAR:
+        i = depth**-2.0
+        return -depth * (1 + i - 2 * i**2 + 10 * i**3), i * (1 - 6 * i + 50 * i**2)
+    push = math.exp(-0.5 * depth**2 - 0.5 * math.log(2 * math.pi) - log_ndtr(depth))
+    return push, 1 - push * (push + depth)

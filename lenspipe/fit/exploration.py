@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import Fit
-from lenspipe.fit.evidence import log_evidence
+from lenspipe.fit.evidence import laplace
 from lenspipe.fit.hmc import Run, mean_over_chains
 from lenspipe.fit.map_search import SAME_BASIN, MapFit, climb, named_sd, pairs, separation
 from lenspipe.fit.model import LensModel
@@ -45,9 +45,8 @@ def ends(model: LensModel, found: MapFit, settings: Fit, generators: list[torch.
     w = annealed(model, found.w, settings, generators).flatten(0, 1)
     w, _, _ = climb(model, w, *QUENCHED, lens)
     w, value, done = climb(model, w, 1.0, settings.final_steps, lens)
-    hessian, by_chain = model.hessian(w, lens), (-1, settings.chains)
-    evidence = log_evidence(model, w, value, hessian, lens)
-    return tuple(field.unflatten(0, by_chain) for field in (w, value, evidence, hessian, done))
+    hessian, evidence = laplace(model, w, value, lens)
+    return tuple(field.unflatten(0, (-1, settings.chains)) for field in (w, value, evidence, hessian, done))
 
 
 def annealed(model: LensModel, w: Tensor, settings: Fit, generators: list[torch.Generator]) -> Tensor:
@@ -125,9 +124,8 @@ def climbed_on(model: LensModel, found: MapFit) -> MapFit:
         return found
     before = chosen(found, rows)
     w, value, done = climb(model.take(rows), before.w, 1.0, LAST_STEPS)
-    hessian = model.hessian(w, rows)
+    hessian, evidence = laplace(model, w, value, rows)
     first = torch.arange(2, device=w.device) == 0
-    evidence = log_evidence(model, w, value, hessian, rows)[:, None]
     after = replace(
         before,
         w=w,
@@ -136,7 +134,7 @@ def climbed_on(model: LensModel, found: MapFit) -> MapFit:
         converged=done,
         basins_w=torch.where(first[:, None], w[:, None], before.basins_w),
         basins_log_density=torch.where(first, value[:, None], before.basins_log_density),
-        basins_log_evidence=torch.where(first, evidence, before.basins_log_evidence),
+        basins_log_evidence=torch.where(first, evidence[:, None], before.basins_log_evidence),
     )
     return replaced(found, rows, after)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import Fit
-from lenspipe.fit.evidence import log_evidence
+from lenspipe.fit.evidence import laplace
 from lenspipe.fit.model import LensModel
 
 CONVERGED = 1e-2  # gain in log posterior below which a step at temperature 1 is the last [nat]
@@ -53,11 +53,9 @@ class MapFit:
     start_count: Tensor
 
     @classmethod
-    def of_one_start(
-        cls, model: LensModel, w: Tensor, log_density: Tensor, hessian: Tensor, converged: Tensor
-    ) -> MapFit:
+    def of_one_start(cls, model: LensModel, w: Tensor, log_density: Tensor, converged: Tensor) -> MapFit:
         """Of a search with one start a lens: the one basin is where it ended."""
-        evidence = log_evidence(model, w, log_density, hessian)
+        hessian, evidence = laplace(model, w, log_density)
         basins = w[:, None], log_density[:, None], evidence[:, None]
         points, density, evidence = (torch.cat([b, torch.full_like(b, torch.nan)], 1) for b in basins)
         start_basin = torch.zeros(len(w), 1, dtype=torch.long, device=w.device)
@@ -217,9 +215,8 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
     ended[lens, start], reached[lens, start], done[lens, start] = climb(
         model, w[lens, start], 1.0, settings.final_steps, lens
     )
-    hessian = model.hessian(ended[lens, start], lens)
+    hessian, evidence[lens, start] = laplace(model, ended[lens, start], reached[lens, start], lens)
     sd[lens, start] = named_sd(model, hessian)
-    evidence[lens, start] = log_evidence(model, ended[lens, start], reached[lens, start], hessian, lens)
     place[lens, start] = torch.arange(len(lens), device=w.device)
 
     most = evidence.argmax(1)

@@ -51,7 +51,7 @@ def adam_search(model: LensModel, settings: Fit, generators: list[torch.Generato
     hessian = model.hessian(w)
     column = gradient.double()[..., None]
     gain = 0.5 * (column * torch.linalg.solve(hessian, column)).sum((1, 2))
-    return MapFit.of_one_start(model, w, value, hessian, gain < CONVERGED)
+    return MapFit.of_one_start(model, w, value, gain < CONVERGED)
 
 
 def pyro_mcmc(

@@ -36,8 +36,8 @@ def refit_lenses(
     for store in map(paths.store, shards):
         if (there := resume.index_of_store(store)) and not there.keys() & hashes:
             raise InputError(
-                f"{store}: none of its {len(there)} results is of these settings and this source prior; give --config "
-                "the settings of that run"
+                f"{store}: none of its {len(there)} results is of these settings, this source prior, this catalogue "
+                "and this version; give --config the settings of that run, or run the stage fit, which fits all again"
             )
     for shard in shards:
         failures |= fit_shard(config, paths, shard, workers, again=chosen, draws_factor=draws_factor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def fit_shard(
     parts = list(paths.parts(shard).glob("*.npz"))
     todo = [name for name, h in own.items() if name in again or (h not in places and name not in recorded)]
     workers = cluster.side_by_side(config.cluster, workers) if todo else 1
-    tasks = plan(config, paths, shard, lenses[lenses["name"].isin(todo)], own, workers, draws_factor)
+    tasks = []
+    for names, factor in ((set(todo) - set(again), 1), (set(todo) & set(again), draws_factor)):
+        tasks += plan(config, paths, shard, lenses[lenses["name"].isin(names)], own, workers, factor)
     made, failures, machine = _fit(config, paths, shard, tasks, workers, len(lenses) - len(todo))
     failed = {name: why for name, why in recorded.items() if name not in todo} | failures
     unusable = lenses.set_index("name")["reason"].to_dict()
@@ -74,8 +77,8 @@ def fit_shard(
         standing = {name: [own[name], why] for name, why in reasons.items() if name not in machine}
         written = _write_shard(config, paths, shard, places, standing, buckets)
         _write_manifest(paths.manifest(shard), unusable | reasons, written)
-        for done in (*parts, *made, *begun(paths, lenses["name"])):
-            done.unlink(missing_ok=True)
+        for path in (*parts, *made, *useless(config, paths, shard, catalogue, machine)):
+            path.unlink(missing_ok=True)
     _remove_shards_beyond(config, paths, len(catalogue), set(hashes.values()))
     asked = {name: why for name, why in unusable.items() if why and name in again}
     return asked | failures
@@ -135,35 +138,47 @@ def plan(
 
     tasks: list[Task] = []
     left = lenses.set_index("name")["bucket"]
-    for path, key in begun(paths, left.index).items():
+    for path, key in begun(paths).items():
         names = key["names"]
         if not set(names) <= set(left.index):
-            continue  # some are in another that was begun
-        resumed = task(left[names[0]], names)
+            continue  # of another shard, or done, or in another that was begun
+        bucket = left[names[0]]
+        resumed = task(bucket, names)
         expected = batch_checkpoint(resumed)
-        if (expected.path, expected.key) == (path, key):
+        if (expected.path, expected.key) == (path, key) and len(names) <= largest_batch(config, bucket, workers):
             tasks.append(resumed)
             left = left.drop(names)
     for bucket, same in left.groupby(left, sort=True):
-        size = config.fit.batch_size
-        if size == "auto":
-            shape = tuple(int(side) for side in re.findall(r"\d+", str(bucket))[:2])
-            size = automatic_batch(config, shape, len(same), workers)  # type: ignore[arg-type]
+        size = largest_batch(config, str(bucket), workers)
+        if config.fit.batch_size == "auto":
+            size = min(size, -(-len(same) // workers))
         tasks += [task(bucket, same.index[first : first + size]) for first in range(0, len(same), size)]
     return tasks
 
 
-def begun(paths: Results, names: Collection[str]) -> dict[Path, dict[str, Any]]:
-    """Checkpoints of batches of these lenses alone that were begun and not ended, with the key of each."""
-    found, known = {}, set(names)
+def begun(paths: Results) -> dict[Path, dict[str, Any]]:
+    """Checkpoints of batches that were begun and not ended, with the key of each, those of fewer lenses first."""
+    found = {}
     for path in sorted(paths.checkpoints.glob("*.safetensors")):
-        try:
-            key = artefact.read_record(path)["key"]
-        except (InputError, KeyError):
-            continue
-        if known.issuperset(key["names"]):
-            found[path] = key
-    return found
+        with suppress(InputError, KeyError):
+            found[path] = artefact.read_record(path)["key"]
+    return dict(sorted(found.items(), key=lambda entry: len(entry[1]["names"])))
+
+
+def useless(
+    config: Config, paths: Results, shard: int, catalogue: pd.DataFrame, tried_again: Collection[str]
+) -> list[Path]:
+    """Checkpoints that no run goes on from: of this shard, which is done, or of lenses that no shard has together.
+
+    tried_again: lenses of this shard that the next run begins with, where theirs were left.
+    """
+    shard_of = {name: row // config.fit.shard_size for row, name in enumerate(catalogue["name"])}
+
+    def can_go_on(names: list[str]) -> bool:
+        shards = {shard_of.get(name, -1) for name in names}
+        return len(shards) == 1 and shards != {-1} and (shards != {shard} or not {*names}.isdisjoint(tried_again))
+
+    return [path for path, key in begun(paths).items() if not can_go_on(key["names"])]
 
 
 def _write_shard(
@@ -225,8 +240,11 @@ def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: C
             shutil.rmtree(store)
 
 
-def automatic_batch(config: Config, shape: tuple[int, int], lenses: int, workers: int) -> int:
-    """How many lenses of images of this shape to fit together: an even share for each worker, half its memory."""
-    rays = shape[0] * shape[1] * config.lens.supersampling**2
+def largest_batch(config: Config, bucket: str, workers: int) -> int:
+    """Most lenses of a bucket to fit together: what the settings say, or what half of a worker's memory holds."""
+    if config.fit.batch_size != "auto":
+        return config.fit.batch_size
+    ny, nx = (int(side) for side in re.findall(r"\d+", bucket)[:2])
+    rays = ny * nx * config.lens.supersampling**2
     held = cluster.worker_memory(config.cluster, workers) / 2 / (BYTES_PER_RAY * config.fit.chains * rays)
-    return int(max(1, min(held, -(-lenses // workers), LARGEST_BATCH)))
+    return int(max(1, min(held, LARGEST_BATCH)))

@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from astropy.io import fits
 
+from lenspipe.catalogue import tables
 from lenspipe.catalogue.observed import LensFiles, read_image, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
-from lenspipe.catalogue.tables import read_entry, read_table
-from lenspipe.config import Catalogue, Config
+from lenspipe.catalogue.tables import read_entry, read_table, stamp
+from lenspipe.config import Catalogue, Config, Mocks
 from lenspipe.errors import InputError
 from lenspipe.fit.batch import Task, fit_task
 from lenspipe.image.psf import gaussian_kernel
@@ -56,6 +58,33 @@ def test_good_lens_is_read_back(folder: Path) -> None:
     assert batch.image.shape == (1, 20, 24)
     assert batch.psf.sum().item() == pytest.approx(1)
     assert bool(batch.usable.all())
+
+
+def test_a_catalogue_that_does_not_answer_is_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the file system leaves as it is: who fans batches out tries them again."""
+
+    def silent(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(xr, "open_zarr", silent)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_batch(folder, "bucket", ["good"], torch.float32)
+
+
+def test_changes_of_files_that_tables_name_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sizes and times, whether they are there, of few lenses; a cell that is no path is the stage's to tell."""
+    table = folder / "lenses.csv"
+    table.write_text(HEADER + f"good,0.05,image.fits,noise.fits,psf.fits,\nbad,0.05,{'x' * 300},n.fits,p.fits,\n")
+    config = Config(catalogue=Catalogue(tables=(str(table),)), mocks=Mocks(systems=3000))
+    first = stamp(config)
+    assert first == stamp(config) != ""
+    os.utime(folder / "noise.fits", ns=(1, 1))
+    second = stamp(config)
+    (folder / "p.fits").touch()
+    assert len({first, second, stamp(config)}) == 3
+    monkeypatch.setattr(tables, "STAMPED", 1)
+    assert stamp(config) == ""
+    assert stamp(Config()) == ""
 
 
 @pytest.mark.parametrize("lost", ["image/c", "noise/zarr.json", ""])

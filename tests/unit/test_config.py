@@ -110,6 +110,7 @@ def test_settings_survive_json() -> None:
             r"what is left begins 11 sd from the mean, 6 at most; give a nearer mean, or Uniform\(2.1, 2.7\)",
         ),
         ({"lens": {"light": {"model": "sersic"}}}, "'model' is the beginning of other names in the results"),
+        ({"lens": {"components": {"true": "sis"}}}, "'true' is the beginning of other names in the results"),
         ({"lens": {"components": {"source": "sis"}}}, "'source' is the beginning of other names in the results"),
         ({"priors": {"gamma1": "Uniform(1, 0)"}}, r"low \(1\) must be below high \(0\)"),
         ({"priors": {"q": "Uniform(0.2, 1)"}}, "give either e1 and e2, or q and phi"),

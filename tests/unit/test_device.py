@@ -89,8 +89,10 @@ def test_a_fit_on_a_device_is_that_on_the_processor(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(hmc.Run, "advance", until_killed)
         with pytest.raises(KeyboardInterrupt):
             fitted(device, "there")
+        assert len(list((tmp_path / "there").rglob("*.safetensors"))) == 1
         found = fitted(device, "there")
     source.to("cpu")
+    assert count == 58 + 25 - 9, "it began anew"  # the second round has 25 draws, 9 of which were made before
     assert not list((tmp_path / "there").rglob("*.safetensors"))
     xr.testing.assert_allclose(
         found.drop_vars(["seconds", "seconds_map"]), expected.drop_vars(["seconds", "seconds_map"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
@@ -768,7 +769,7 @@ GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1
 def found(model: tuple[LensModel, Tensor]) -> map_search.MapFit:
     lens_model, truth = model
     w, value, converged = map_search.climb(lens_model, truth, 1.0, 40)
-    return map_search.MapFit.of_one_start(lens_model, w, value, lens_model.hessian(w), converged)
+    return map_search.MapFit.of_one_start(lens_model, w, value, converged)
 
 
 def seeded(lenses: int = 3) -> list[torch.Generator]:
@@ -930,14 +931,23 @@ def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path, monkeypatch:
     assert [list(dataset["hash"].to_numpy()) for dataset in datasets] == [["1"], ["2", "3"], ["4", "5"], ["6", "7"]]
 
 
-def test_automatic_batches_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_batches_fit_into_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the memory, an even share for every worker, no more than there are lenses; one at least."""
     lens = stage.BYTES_PER_RAY * Config().fit.chains * 100 * 100
     monkeypatch.setattr(memory, "free_memory", lambda: 20 * lens)
-    assert stage.automatic_batch(Config(), (100, 100), 1000, 1) == 10
-    assert stage.automatic_batch(Config(), (100, 100), 1000, 2) == 5
-    assert stage.automatic_batch(Config(), (100, 100), 7, 2) == 4
-    assert stage.automatic_batch(Config(), (1000, 1000), 7, 2) == 1
+
+    def sizes(side: int, lenses: int, workers: int) -> list[int]:
+        names = [f"lens-{number}" for number in range(lenses)]
+        table = pd.DataFrame({"name": names, "bucket": f"image{side}x{side}_psf3x3"})
+        tasks = stage.plan(Config(), Results(tmp_path), 0, table, dict.fromkeys(names, ""), workers)
+        assert [name for task in tasks for name in task.names] == names
+        return [len(task.names) for task in tasks]
+
+    assert sizes(100, 45, 1) == [10, 10, 10, 10, 5]
+    assert sizes(100, 12, 2) == [5, 5, 2]
+    assert sizes(100, 7, 2) == [4, 3]
+    assert sizes(1000, 3, 2) == [1, 1, 1]
+    assert sizes(10, 100, 1) == [64, 36]
 
 
 def test_gates_look_at_the_lens_parameters(model: tuple[LensModel, Tensor]) -> None:

@@ -347,13 +347,15 @@ def test_batches_go_on_as_they_were_begun(paths: Results, asked: Counter[str]) -
     second.save({})
     third.save({})
     names = [task.names for task in planned(5, config())]
-    assert names == [("d", "e", "f"), ("g",), ("a", "b", "c")]
-    assert [batch_checkpoint(task).path for task in planned(5, config())[:2]] == [second.path, third.path]
+    assert names == [("g",), ("d", "e", "f"), ("a", "b", "c")]
+    assert [batch_checkpoint(task).path for task in planned(5, config())[:2]] == [third.path, second.path]
+    assert [task.names for task in planned(2, config())] == [("g",), ("a", "b"), ("c", "d"), ("e", "f")], (
+        "too large now"
+    )
     first.key["hashes"] = ["other"] * 3
     first.save({})
-    batch_checkpoint(planned(5, config())[0].of(("d", "e"))).save({})
     second.path.write_text("broken")
-    assert [task.names for task in planned(5, config())] == [("d", "e"), ("g",), ("a", "b", "c", "f")]
+    assert [task.names for task in planned(5, config())] == [("g",), ("a", "b", "c", "d", "e"), ("f",)]
     run(config(shard_size=7), paths, (0,))
     assert list(paths.checkpoints.iterdir()) == [second.path]  # of which none can say whose it is; others are removed
 
@@ -369,7 +371,40 @@ def test_a_lens_in_two_manifests_is_named(paths: Results, asked: Counter[str]) -
 def test_a_refit_with_other_settings_is_refused(paths: Results, asked: Counter[str]) -> None:
     """Such as the defaults, where --config was forgotten: all results would be replaced."""
     first = run(config(), paths, (0, 1))
-    with pytest.raises(InputError, match=r"shard-0000.zarr: none of its 5 results is of these settings .*--config"):
+    with pytest.raises(InputError, match=r"shard-0000.zarr: none of its 5 results is of these settings, .*--config"):
         refit_lenses(config(draws=30), paths, ["a"], None, 4)
     xr.testing.assert_identical(run(config(), paths, (0, 1)), first)
     assert asked == Counter(NAMES)
+
+
+def test_checkpoints_of_lenses_that_are_tried_again_stay(
+    paths: Results, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of lenses whose workers died; one of lenses that shards no longer have together goes."""
+    hashes = resume.lens_hashes(config(), paths, read_catalogue(paths.catalogue))
+
+    def begun(*names: str) -> Path:
+        own = tuple(hashes.get(name, "") for name in names)
+        checkpoint = batch_checkpoint(Task(config().model_dump_json(), paths, BUCKET, names, own))
+        checkpoint.save({})
+        return checkpoint.path
+
+    died, done, apart, gone, other = begun("a"), begun("b"), begun("e", "f"), begun("a", "nobody"), begun("g")
+
+    def deadly(
+        tasks: Sequence[Task], work: Callable[[Task], Result], *_: object
+    ) -> Iterator[tuple[Task, Result | None, str]]:
+        for task in tasks:
+            yield (task, None, "every worker died") if "a" in task.names else (task, work(task), "")
+
+    monkeypatch.setattr(cluster, "run", deadly)
+    fit_shard(config(), paths, 0)
+    assert sorted(paths.checkpoints.iterdir()) == sorted([died, other])
+    assert not any(path.exists() for path in (done, apart, gone))
+
+
+def test_a_refit_leaves_lenses_alone_that_are_not_fitted_yet(paths: Results, asked: Counter[str]) -> None:
+    """They are fitted with it, as the shard is not done without them, but with as many draws as always."""
+    refit_lenses(config(), paths, ["b"], None, 4)
+    found = open_posteriors(paths.fit).sortby("lens").load()
+    assert found["draws_factor"].to_numpy().tolist() == [1, 4, 1, 1, 1]
