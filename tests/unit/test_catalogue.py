@@ -87,6 +87,17 @@ def test_changes_of_files_that_tables_name_are_noticed(folder: Path, monkeypatch
     assert stamp(Config()) == ""
 
 
+def test_further_lenses_in_a_folder_are_noticed(folder: Path) -> None:
+    config = Config(catalogue=Catalogue(tables=(str(folder / "lenses"),)))
+    stamps = set()
+    for name in ("one", "another"):
+        (folder / "lenses" / name).mkdir(parents=True)
+        for kind in ("image", "psf"):
+            (folder / "lenses" / name / f"{kind}.fits").touch()
+        stamps.add(stamp(config))
+    assert len(stamps) == 2
+
+
 @pytest.mark.parametrize("lost", ["image/c", "noise/zarr.json", ""])
 def test_a_damaged_catalogue_is_no_failure_of_its_lenses(lost: str, folder: Path) -> None:
     """A batch that cannot be read ends the stage, which says what to do; it is not recorded as a lens that failed."""
