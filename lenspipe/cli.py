@@ -32,6 +32,12 @@ WhereItRuns = Annotated[
         "--cluster", envvar="LENSPIPE_CLUSTER", help="where they run, as inline JSON in place of the section `cluster`"
     ),
 ]
+SideBySide = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="processes that fit batches side by side; one for each GPU or, without any, each processor"
+    ),
+]
 DEFAULT_CONFIG = "config.yaml"
 DEFAULT_RESULTS = Path("results")
 
@@ -172,12 +178,7 @@ def fit(
     shard: Annotated[
         int | None, typer.Option(min=0, help="number of the shard; all of them where none is given")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="processes that fit batches side by side; one for each GPU or, without any, each processor"
-        ),
-    ] = None,
+    workers: SideBySide = None,
     cluster: WhereItRuns = None,
 ) -> None:
     """Fit every lens of a shard of the catalogue: MAP, then posterior."""
@@ -202,12 +203,7 @@ def refit(
     ] = 4,
     config: Settings = DEFAULT_CONFIG,
     results: Folder = DEFAULT_RESULTS,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="processes that fit batches side by side; one for each GPU or, without any, each processor"
-        ),
-    ] = None,
+    workers: SideBySide = None,
     cluster: WhereItRuns = None,
 ) -> None:
     """Fit chosen lenses again, failed ones too, with more draws.

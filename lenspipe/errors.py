@@ -19,3 +19,8 @@ class InputError(LenspipeError):
 
 class ClusterError(LenspipeError):
     """The batch system or Dask's scheduler cannot be reached or refuses."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of a library says, with its kind, for a message of our own."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

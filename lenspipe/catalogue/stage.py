@@ -23,7 +23,7 @@ from lenspipe.catalogue.batch import LensBatch
 from lenspipe.catalogue.observed import LensImage
 from lenspipe.catalogue.tables import Entry, read_entries, read_entry
 from lenspipe.config import Catalogue, expand_path
-from lenspipe.errors import InputError
+from lenspipe.errors import InputError, in_one_line
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein
 from lenspipe.memory import out_of_memory
 from lenspipe.results import AS_WRITTEN
@@ -135,8 +135,7 @@ def read_batch(out: Path, bucket: str, names: list[str], dtype: torch.dtype) -> 
         if out_of_memory(error):
             raise MemoryError(f"{out / bucket}: {error}") from None
         raise InputError(
-            f"{out / bucket}: {', '.join(names)}: cannot be read ({type(error).__name__}: {error}); run the stage "
-            "catalogue again"
+            f"{out / bucket}: {', '.join(names)}: cannot be read ({in_one_line(error)}); run the stage catalogue again"
         ) from error
     return LensBatch(tuple(names), **tensors).to(dtype)
 

@@ -19,7 +19,7 @@ from astropy.table import Table
 from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
 from lenspipe.catalogue.preparation import Wishes
 from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, Priors, expand_path
-from lenspipe.errors import ConfigError, InputError
+from lenspipe.errors import ConfigError, InputError, in_one_line
 
 log = logging.getLogger("lenspipe")
 
@@ -208,7 +208,7 @@ def _cells(path: Path) -> pd.DataFrame:
         try:
             columns = Table.read(path)
         except Exception as error:  # astropy's readers raise what they like
-            raise InputError(f"{path}: not a readable table of lenses ({_said(error)})") from None
+            raise InputError(f"{path}: not a readable table of lenses ({in_one_line(error)})") from None
         found = {str(name): columns[name] for name in columns.colnames}
         cells = {name: [_text(cell) for cell in _in_our_unit(path, name, column)] for name, column in found.items()}
         return pd.DataFrame(cells, dtype=str)
@@ -245,10 +245,6 @@ def _in_our_unit(path: Path, name: str, column: Any) -> Any:
 def _text(cell: object) -> str:
     text = cell.decode() if isinstance(cell, bytes) else str(cell)
     return "" if text in ("--", "nan", "masked") else text.strip()
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def read_table(path: Path) -> list[Entry]:
@@ -307,7 +303,9 @@ def read_entry(entry: Entry, preparation: Preparation | None, psf_supersampling:
         raise
     except Exception as error:  # one lens does not take the others with it
         log.warning("lens %s", entry.name, exc_info=True)
-        raise InputError(f"{entry.files.image}: cannot be used for a reason not foreseen: {_said(error)}") from error
+        raise InputError(
+            f"{entry.files.image}: cannot be used for a reason not foreseen: {in_one_line(error)}"
+        ) from error
 
 
 def _refuse_duplicates(entries: list[Entry]) -> None:

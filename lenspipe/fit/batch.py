@@ -19,6 +19,7 @@ import xarray as xr
 from lenspipe import artefact
 from lenspipe.catalogue.stage import read_batch
 from lenspipe.config import Config, load_config
+from lenspipe.errors import in_one_line
 from lenspipe.fit import chains, derived, diagnostics, exploration, hmc, map_search, reference
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.parts import write_part
@@ -77,8 +78,7 @@ def fit_task(task: Task) -> Result:
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         log.warning("failed: %s", " ".join(task.names), exc_info=True)
         if len(task.names) == 1:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return task, [], {task.names[0]: NO_MEMORY + said if out_of_memory(error) else said}
+            return task, [], {task.names[0]: NO_MEMORY * out_of_memory(error) + in_one_line(error)}
         pieces = halves(task) if out_of_memory(error) else one_by_one(task)
     give_back_memory()
     again = [fit_task(piece) for piece in pieces]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
@@ -48,10 +48,10 @@ def adam_search(model: LensModel, settings: Fit, generators: list[torch.Generato
         schedule.step()
     w = model.unfolded(w.detach())
     value, gradient = model.value_and_gradient(w)
-    hessian = model.hessian(w)
+    found = MapFit.of_one_start(model, w, value, torch.zeros_like(value, dtype=torch.bool))
     column = gradient.double()[..., None]
-    gain = 0.5 * (column * torch.linalg.solve(hessian, column)).sum((1, 2))
-    return MapFit.of_one_start(model, w, value, gain < CONVERGED)
+    gain = 0.5 * (column * torch.linalg.solve(found.hessian, column)).sum((1, 2))
+    return replace(found, converged=gain < CONVERGED)
 
 
 def pyro_mcmc(

@@ -1,7 +1,8 @@
 """What is fitted already: a lens's settings and inputs decide its result, and their hash finds it again.
 
 Results lie in stores, one a shard, and in parts, batches of a shard that is not whole yet. A lens may have moved to
-another shard, because the catalogue has grown or shards have another size: its result is taken over from there.
+another shard, because the catalogue has grown or shards have another size: its result is taken over from there. What a
+batch that was begun has done lies in its checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,28 @@ def recorded_failures(store: Path, hashes: Mapping[str, str]) -> dict[str, str]:
         return {}
     failed = facts.get("failed", {})
     return {name: reason for name, (own, reason) in failed.items() if hashes.get(name) == own}
+
+
+def begun(paths: Results) -> dict[Path, dict[str, Any]]:
+    """Checkpoints of batches that were begun and not ended, with the key of each, those of fewer lenses first."""
+    found = {}
+    for path in sorted(paths.checkpoints.glob("*.safetensors")):
+        with suppress(InputError, KeyError):
+            found[path] = artefact.read_record(path)["key"]
+    return dict(sorted(found.items(), key=lambda entry: len(entry[1]["names"])))
+
+
+def useless(
+    config: Config, paths: Results, shard: int, catalogue: pd.DataFrame, tried_again: Collection[str]
+) -> list[Path]:
+    """Checkpoints that no run goes on from: of this shard, which is done, or of lenses that no shard has together.
+
+    tried_again: lenses of this shard that the next run begins with, where theirs were left.
+    """
+    shard_of = {name: row // config.fit.shard_size for row, name in enumerate(catalogue["name"])}
+
+    def can_go_on(names: list[str]) -> bool:
+        shards = {shard_of.get(name, -1) for name in names}
+        return len(shards) == 1 and shards != {-1} and (shards != {shard} or not {*names}.isdisjoint(tried_again))
+
+    return [path for path, key in begun(paths).items() if not can_go_on(key["names"])]

@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -77,7 +75,7 @@ def fit_shard(
         standing = {name: [own[name], why] for name, why in reasons.items() if name not in machine}
         written = _write_shard(config, paths, shard, places, standing, buckets)
         _write_manifest(paths.manifest(shard), unusable | reasons, written)
-        for path in (*parts, *made, *useless(config, paths, shard, catalogue, machine)):
+        for path in (*parts, *made, *resume.useless(config, paths, shard, catalogue, machine)):
             path.unlink(missing_ok=True)
     _remove_shards_beyond(config, paths, len(catalogue), set(hashes.values()))
     asked = {name: why for name, why in unusable.items() if why and name in again}
@@ -130,55 +128,35 @@ def plan(
     draws_factor: int = 1,
 ) -> list[Task]:
     """The batches that some usable lenses of a shard are fitted in: first those that were begun, as they were."""
+    if lenses.empty:
+        return []
+    text, automatic = config.model_dump_json(), config.fit.batch_size == "auto"
+    memory = cluster.worker_memory(config.cluster, workers) if automatic else 0
 
     def task(bucket: object, names: Iterable[str]) -> Task:
         batch = tuple(names)
         own = tuple(hashes[name] for name in batch)
-        return Task(config.model_dump_json(), paths, str(bucket), batch, own, shard, draws_factor)
+        return Task(text, paths, str(bucket), batch, own, shard, draws_factor)
 
     tasks: list[Task] = []
     left = lenses.set_index("name")["bucket"]
-    for path, key in begun(paths).items():
+    for path, key in resume.begun(paths).items():
         names = key["names"]
         if not set(names) <= set(left.index):
             continue  # of another shard, or done, or in another that was begun
         bucket = left[names[0]]
         resumed = task(bucket, names)
         expected = batch_checkpoint(resumed)
-        if (expected.path, expected.key) == (path, key) and len(names) <= largest_batch(config, bucket, workers):
+        if (expected.path, expected.key) == (path, key) and len(names) <= largest_batch(config, bucket, memory):
             tasks.append(resumed)
             left = left.drop(names)
     for bucket, same in left.groupby(left, sort=True):
-        size = largest_batch(config, str(bucket), workers)
-        if config.fit.batch_size == "auto":
-            size = min(size, -(-len(same) // workers))
-        tasks += [task(bucket, same.index[first : first + size]) for first in range(0, len(same), size)]
+        names = same.index.tolist()
+        size = largest_batch(config, str(bucket), memory)
+        if automatic:
+            size = min(size, -(-len(names) // workers))
+        tasks += [task(bucket, names[first : first + size]) for first in range(0, len(names), size)]
     return tasks
-
-
-def begun(paths: Results) -> dict[Path, dict[str, Any]]:
-    """Checkpoints of batches that were begun and not ended, with the key of each, those of fewer lenses first."""
-    found = {}
-    for path in sorted(paths.checkpoints.glob("*.safetensors")):
-        with suppress(InputError, KeyError):
-            found[path] = artefact.read_record(path)["key"]
-    return dict(sorted(found.items(), key=lambda entry: len(entry[1]["names"])))
-
-
-def useless(
-    config: Config, paths: Results, shard: int, catalogue: pd.DataFrame, tried_again: Collection[str]
-) -> list[Path]:
-    """Checkpoints that no run goes on from: of this shard, which is done, or of lenses that no shard has together.
-
-    tried_again: lenses of this shard that the next run begins with, where theirs were left.
-    """
-    shard_of = {name: row // config.fit.shard_size for row, name in enumerate(catalogue["name"])}
-
-    def can_go_on(names: list[str]) -> bool:
-        shards = {shard_of.get(name, -1) for name in names}
-        return len(shards) == 1 and shards != {-1} and (shards != {shard} or not {*names}.isdisjoint(tried_again))
-
-    return [path for path, key in begun(paths).items() if not can_go_on(key["names"])]
 
 
 def _write_shard(
@@ -240,11 +218,11 @@ def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: C
             shutil.rmtree(store)
 
 
-def largest_batch(config: Config, bucket: str, workers: int) -> int:
-    """Most lenses of a bucket to fit together: what the settings say, or what half of a worker's memory holds."""
+def largest_batch(config: Config, bucket: str, memory: float) -> int:
+    """Most lenses of a bucket to fit together: what the settings say, or what half of a memory [bytes] holds."""
     if config.fit.batch_size != "auto":
         return config.fit.batch_size
     ny, nx = (int(side) for side in re.findall(r"\d+", bucket)[:2])
     rays = ny * nx * config.lens.supersampling**2
-    held = cluster.worker_memory(config.cluster, workers) / 2 / (BYTES_PER_RAY * config.fit.chains * rays)
+    held = memory / 2 / (BYTES_PER_RAY * config.fit.chains * rays)
     return int(max(1, min(held, LARGEST_BATCH)))

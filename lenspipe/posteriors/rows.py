@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore, StorePath
 
-from lenspipe.errors import InputError
+from lenspipe.errors import InputError, in_one_line
 from lenspipe.posteriors.writing import BLOCK, VARIABLES
 
 T = TypeVar("T")
@@ -35,13 +35,13 @@ def read_rows(group: Path, rows: Sequence[int] | None = None, variables: Iterabl
     except MemoryError:
         raise
     except Exception as error:
-        raise InputError(f"{group}: cannot be read ({cause(error)}); {remedy(group.parent)}") from error
+        raise InputError(f"{group}: cannot be read ({in_one_line(error)}); {remedy(group.parent)}") from error
     read = {}
     for array, values in zip(arrays, found, strict=True):
         if isinstance(values, BaseException):
             lenses = _concerned(group, array.basename, range(array.shape[0])[chosen])
             raise InputError(
-                f"{group / array.basename}: {lenses} cannot be read ({cause(values)}); {remedy(group.parent)}"
+                f"{group / array.basename}: {lenses} cannot be read ({in_one_line(values)}); {remedy(group.parent)}"
             ) from values
         values = np.asarray(values, dtype=object if array.dtype.kind == "T" else None)
         values = values if rows is None else values[np.array(rows) - chosen.start]
@@ -54,7 +54,7 @@ def variables_of(group: Path) -> list[str]:
     try:
         return list(_variables(group, _stamp(group)))
     except Exception as error:
-        raise InputError(f"{group}: cannot be read ({cause(error)}); {remedy(group.parent)}") from error
+        raise InputError(f"{group}: cannot be read ({in_one_line(error)}); {remedy(group.parent)}") from error
 
 
 def unreadable_rows(group: Path, variables: Iterable[str] | None = None) -> set[int]:
@@ -90,11 +90,6 @@ def listed(names: Sequence[str]) -> str:
     """Names of lenses for an error: five of them, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{'lens' if len(names) == 1 else 'lenses'} {', '.join(names[:5])}{more}"
-
-
-def cause(error: BaseException) -> str:
-    """An error of a library in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def remedy(store: Path) -> str:

@@ -15,8 +15,8 @@ import pandas as pd
 import xarray as xr
 import zarr
 
-from lenspipe.errors import InputError
-from lenspipe.posteriors.rows import cause, listed, read_rows, readable_names, remedy, unreadable_rows, variables_of
+from lenspipe.errors import InputError, in_one_line
+from lenspipe.posteriors.rows import listed, read_rows, readable_names, remedy, unreadable_rows, variables_of
 from lenspipe.posteriors.writing import BLOCK
 from lenspipe.results import AS_WRITTEN
 
@@ -154,4 +154,4 @@ def _group_folders(store: Path) -> list[Path]:
     try:
         return [store / bucket for bucket in sorted(zarr.open_group(store, mode="r", zarr_format=3).group_keys())]
     except Exception as error:
-        raise InputError(f"{store}: cannot be read ({cause(error)}); {remedy(store)}") from error
+        raise InputError(f"{store}: cannot be read ({in_one_line(error)}); {remedy(store)}") from error
