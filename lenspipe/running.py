@@ -11,6 +11,8 @@ import psutil
 
 from lenspipe.errors import LenspipeError
 
+CLOCK = 60.0  # how far the start of one process may be off that of the same one: it moves when the clock is set [s]
+
 
 def note_run(results: Path) -> None:
     """Leave word of this process, which begins a run."""
@@ -23,7 +25,8 @@ def refuse_second_run(results: Path) -> None:
     """Raise LenspipeError where a run that was begun on this machine still lives; others Snakemake's lock holds off."""
     try:
         first = json.loads(_note(results).read_text())
-        lives = first["host"] == socket.gethostname() and psutil.Process(first["pid"]).create_time() == first["began"]
+        off = psutil.Process(first["pid"]).create_time() - first["began"]
+        lives = first["host"] == socket.gethostname() and abs(off) < CLOCK
     except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
         return
     if lives and first["pid"] != os.getpid():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,3 +43,20 @@ def read_tensors(path: Path, what: str, stage: str, build: Callable[[dict[str, T
         if out_of_memory(error):
             raise MemoryError(f"{path}: {error}") from None
         raise InputError(f"{path}: not {what} ({error}); remove it and run the stage again") from None
+
+
+def hash_of_tensors(path: Path) -> str:
+    """SHA-256 of the tensors in a file of a stage and of that stage's settings: not of when and by what it was made.
+
+    Raises what `read_tensors` does.
+    """
+
+    def build(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
+        digest = hashlib.sha256(json.dumps(record["settings"], sort_keys=True).encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    stage = path.parent.name
+    return read_tensors(path, f"an output of the stage {stage}", stage, build)

@@ -27,6 +27,7 @@ from lenspipe.errors import InputError
 from lenspipe.fit.parts import read_part, write_part
 from lenspipe.posteriors.shards import damaged
 from lenspipe.results import Results
+from lenspipe.tensors import hash_of_tensors
 
 HOW_IT_RUNS = {"shard_size", "batch_size"}  # settings of fits that decide no result
 
@@ -47,7 +48,7 @@ def lens_hashes(config: Config, paths: Results, lenses: pd.DataFrame) -> dict[st
     settings["fit"] = {key: value for key, value in settings["fit"].items() if key not in HOW_IT_RUNS}
     common = {
         "settings": settings,
-        "files": {path.name: artefact.content_hash(path) for path in files_that_decide(config, paths)},
+        "files": {path.name: hash_of_tensors(path) for path in files_that_decide(config, paths)},
         "lenspipe": artefact.versions()["lenspipe"],
     }
     begun = hashlib.sha256(json.dumps(common, sort_keys=True).encode())

@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from lenspipe.config import Config
 from lenspipe.fit import cluster, resume
 from lenspipe.fit.batch import Task, halves
 from lenspipe.fit.stage import members, plan
 from lenspipe.results import Results
+from lenspipe.tensors import write_tensors
 
 LENSES, BATCH, WORKERS = (1_000, 10_000, 100_000), 50, 2
 
@@ -41,10 +43,9 @@ def nap(task: Task) -> int:
 
 def write_inputs(paths: Results, lenses: int) -> None:
     """A table of usable lenses of one shape, and files in place of those of earlier stages."""
-    for path in (paths.catalogue, paths.source_prior, paths.deflection_table):
-        path.parent.mkdir(parents=True)
-    paths.source_prior.write_bytes(bytes(2**20))
-    paths.deflection_table.write_bytes(bytes(2**20))
+    paths.catalogue.parent.mkdir(parents=True)
+    for path in (paths.source_prior, paths.deflection_table):
+        write_tensors(path, {"values": torch.zeros(2**18)}, {"settings": {}})
     names = [f"lens-{number:06d}" for number in range(lenses)]
     hashes = [f"{number:064x}" for number in range(lenses)]
     table = {"name": names, "origin": "table", "status": "usable", "reason": "", "bucket": "64x64", "hash": hashes}

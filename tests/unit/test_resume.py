@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 from typer.testing import CliRunner
 
@@ -29,6 +30,7 @@ from lenspipe.posteriors.reading import open_posteriors
 from lenspipe.posteriors.shards import read_manifests
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
+from lenspipe.tensors import write_tensors
 from tests.posteriors import posteriors
 
 NAMES = tuple("abcdefg")
@@ -46,12 +48,16 @@ def catalogue(paths: Results, names: tuple[str, ...], changed: str = "") -> None
     pd.DataFrame(rows).to_csv(paths.catalogue.with_name("lenses.csv"), index=False)
 
 
+def made(path: Path, value: float = 0.0, width: float = 1.0, **facts: object) -> None:
+    """What an earlier stage has written: a tensor, a setting, and how it was made."""
+    write_tensors(path, {"value": torch.tensor([value])}, {"settings": {"width": width}, **facts})
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> Results:
     paths = Results(tmp_path)
     for path in (paths.source_prior, paths.deflection_table):
-        path.parent.mkdir()
-        path.write_text("made by an earlier stage")
+        made(path)
     catalogue(paths, NAMES)
     return paths
 
@@ -102,16 +108,26 @@ def test_a_finished_lens_is_not_fitted_again(paths: Results, asked: Counter[str]
     assert not list(paths.fit.glob("parts/*/*"))
 
 
-@pytest.mark.parametrize("what", ["settings", "source", "data"])
+@pytest.mark.parametrize("what", ["settings", "source", "table", "kind of source", "data"])
 def test_what_decides_a_result_has_it_fitted_again(what: str, paths: Results, asked: Counter[str]) -> None:
     first = run(config(), paths, (0, 1))
-    if what == "source":
-        paths.source_prior.write_text("another one")
+    if what in ("source", "table"):
+        made(paths.source_prior if what == "source" else paths.deflection_table, value=1.0)
+    elif what == "kind of source":
+        made(paths.source_prior, width=2.0)
     elif what == "data":
         catalogue(paths, NAMES, changed="c")
     run(config(draws=21 if what == "settings" else 20), paths, (0, 1))
     assert asked == Counter(NAMES) + Counter("c" if what == "data" else NAMES)
     assert first.sizes["lens"] == len(NAMES)
+
+
+def test_the_same_source_made_again_has_nothing_fitted_again(paths: Results, asked: Counter[str]) -> None:
+    """At another time, from files that lie elsewhere, by another commit."""
+    run(config(), paths, (0, 1))
+    made(paths.source_prior, commit="another", facts={"images_per_second": 930.1}, inputs={"elsewhere/vae": "1"})
+    run(config(), paths, (0, 1))
+    assert asked == Counter(NAMES)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
