@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from astropy.table import Table
 
-from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
+from lenspipe.catalogue.observed import LensFiles, LensImage, file_of, read_lens
 from lenspipe.catalogue.preparation import Wishes
 from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, Priors, expand_path
 from lenspipe.errors import ConfigError, InputError, in_one_line
@@ -75,7 +75,7 @@ def outside_files(config: Config) -> list[Path]:
     Raises ConfigError where a path has a variable of the environment that is not set.
     """
     named = (path for entry in (*config.galaxies.inputs, *config.catalogue.lenses) for path in entry.files)
-    return [expand_path(path) for path in (*named, *config.catalogue.tables)]
+    return [file_of(expand_path(path)) for path in (*named, *config.catalogue.tables)]
 
 
 def stamp(config: Config) -> str:
@@ -87,7 +87,7 @@ def stamp(config: Config) -> str:
     for entry in entries:
         for path in (entry.files.image, entry.files.psf, entry.files.noise, entry.files.mask):
             try:
-                found = path.stat() if path else None
+                found = file_of(path).stat() if path else None
             except OSError:  # it is not there, or no path
                 found = None
             digest.update(f"{entry.name} {path} {found and (found.st_size, found.st_mtime_ns)}\n".encode())

@@ -13,10 +13,10 @@ import xarray as xr
 from astropy.io import fits
 
 from lenspipe.catalogue import tables
-from lenspipe.catalogue.observed import LensFiles, read_image, read_lens
+from lenspipe.catalogue.observed import LensFiles, file_of, read_image, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
-from lenspipe.catalogue.tables import read_entry, read_table, stamp
+from lenspipe.catalogue.tables import outside_files, read_entry, read_table, stamp
 from lenspipe.config import Catalogue, Config, Mocks
 from lenspipe.errors import InputError
 from lenspipe.fit.batch import Task, fit_task
@@ -372,7 +372,10 @@ def test_bad_table_stops(folder: Path, text: str, message: str) -> None:
         ("z_source", "0.2", "z_source must be beyond z_lens = 0.3, found '0.2'"),
         ("psf", "", "lenses.csv: the column psf is empty"),
         ("noise", "image.fits", "image.fits: the noise map is the image itself"),
-        ("image", "image.fits[1]", "no such file; extensions cannot be named"),
+        ("noise", "image.fits[0]", "the noise map is the image itself"),
+        ("image", "image.fits[SCI]", "image.fits[SCI]: no such extension; this file has [0] PRIMARY"),
+        ("image", "image.fits[1]", "image.fits[1]: no such extension"),
+        ("psf", "absent.fits[SCI]", "absent.fits: no such file"),
     ],
 )
 def test_a_bad_cell_is_of_its_lens_alone(folder: Path, column: str, cell: str, reason: str) -> None:
@@ -384,6 +387,60 @@ def test_a_bad_cell_is_of_its_lens_alone(folder: Path, column: str, cell: str, r
     table = read_catalogue(out).set_index("name")
     assert table["status"].to_dict() == {"good": "usable", "bad": "failed"}
     assert reason in table.loc["bad", "reason"]
+
+
+@pytest.fixture
+def one_file(folder: Path) -> Path:
+    """All images of the good lens in one file, as pipelines write them; twice, the second ten times as bright."""
+    images = {name: fits.getdata(folder / f"{name}.fits") for name in ("image", "noise", "psf")}
+    bad = np.zeros((20, 24), dtype="int16")
+    bad[:2] = 1024
+    hdus = [fits.PrimaryHDU()]
+    for version, brightness in ((1, 1), (2, 10)):
+        hdus += [fits.ImageHDU(brightness * images["image"], name="SCI", ver=version)]
+        hdus += [fits.ImageHDU(brightness * images["noise"], name="ERR", ver=version)]
+        hdus += [fits.ImageHDU(bad, name="DQ", ver=version)]
+    hdus += [fits.ImageHDU(images["psf"], name="PSF")]
+    fits.HDUList(hdus).writeto(folder / "lens.fits")
+    return folder / "lens.fits"
+
+
+@pytest.mark.parametrize(
+    ("image", "noise", "mask", "brightness"),
+    [("SCI", "ERR", "DQ", 1), ("sci,2", "err,2", "DQ , 2", 10), ("1", "2", "3", 1), ("4", "ERR,2", "6", 10)],
+)
+def test_extensions_are_named_in_brackets(
+    one_file: Path, image: str, noise: str, mask: str, brightness: int, tmp_path: Path
+) -> None:
+    """By name, name and version, or number."""
+    cells = {"name": "lens", "pixel_scale": "0.05", "image": f"lens.fits[{image}]", "psf": "lens.fits[PSF]"}
+    cells |= {"noise": f"lens.fits[{noise}]", "mask": f"lens.fits[{mask}]"}
+    pd.DataFrame([cells]).to_csv(tmp_path / "lenses.csv", index=False)
+    (entry,) = read_table(tmp_path / "lenses.csv")
+    lens = read_entry(entry, None, 1)
+    assert lens.image.max() == pytest.approx(5 * brightness)
+    assert lens.noise[lens.usable].tolist() == [brightness] * (18 * 24)
+    assert not lens.usable[:2].any()
+
+
+def test_a_file_with_brackets_in_its_name(folder: Path) -> None:
+    (folder / "image.fits").rename(folder / "image[1].fits[SCI]")
+    assert read_image(folder / "image[1].fits[SCI]").max() == 5
+    assert file_of(folder / "image[1].fits[SCI]") == folder / "image[1].fits[SCI]"
+
+
+def test_files_with_extensions_are_looked_at(one_file: Path) -> None:
+    """Those in config are inputs, those in tables are stamped."""
+    cells = {key: f"{one_file}[{name}]" for key, name in (("image", "SCI"), ("noise", "ERR"), ("psf", "PSF"))}
+    pd.DataFrame([{"name": "lens", **cells}]).to_csv(one_file.with_name("lenses.csv"), index=False)
+    config = Config(
+        catalogue=Catalogue(tables=(str(one_file.with_name("lenses.csv")),), lenses=({"name": "other", **cells},))
+    )
+    assert outside_files(config)[-4:] == [one_file] * 3 + [one_file.with_name("lenses.csv")]
+    before = stamp(config)
+    assert stamp(config) == before
+    os.utime(one_file, (0, 0))
+    assert stamp(config) != before
 
 
 def test_what_is_not_foreseen_is_of_its_lens_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
