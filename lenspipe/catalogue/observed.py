@@ -32,6 +32,7 @@ SCALES_DIFFER = 0.02  # share by which two pixel scales of one image are not the
 LEAST_SIDE = 16  # of an image [px]
 FEWEST = 50  # pixels that can be fitted
 OFF_CENTRE = 0.6  # how far the centre of a PSF may be off its middle pixel [px]: half of one where a side is even
+BLUNT = 0.05  # mean of the outermost values of a PSF, of its greatest, above which it is told of
 NO_NOISE = 1e-3  # a noise this many times its median is none
 SUNK = 50.0  # how far below zero [noise] a pixel is no measurement
 FEW = 0.01  # share of pixels that may be so, or exactly zero
@@ -250,15 +251,18 @@ def _kernel(path: Path, shape: Sequence[int], scale: float) -> tuple[NDArray[np.
             f"{path}: the header says {said:.4g} arcsec a pixel, the image {scale:.4g} for each value of the PSF; give "
             "one on the image's pixels, or set lens.psf_supersampling"
         )
-    notes: tuple[str, ...] = ()
+    notes = []
     sides = [min(k, n - (n - k) % 2) for k, n in zip(psf.shape, shape, strict=True)]  # even or odd as before
     if tuple(sides) != psf.shape:
         rows, columns = (slice((k - side) // 2, (k + side) // 2) for k, side in zip(psf.shape, sides, strict=True))
         kept = psf[rows, columns]
         share = kept.sum() / psf.sum()
-        notes = (f"PSF of {_size(psf)} px cropped to {_size(kept)}, which has {share:.4f} of its sum",)
+        notes.append(f"PSF of {_size(psf)} px cropped to {_size(kept)}, which has {share:.4f} of its sum")
         psf = kept
-    return psf / psf.sum(), notes
+    border = np.concatenate([psf[0], psf[-1], psf[1:-1, 0], psf[1:-1, -1]]).mean() / psf.max()
+    if border > BLUNT:
+        notes.append(f"PSF with {border:.2g} of its peak at its border: it is cut too small, or is none")
+    return psf / psf.sum(), tuple(notes)
 
 
 def _scale_of(header: fits.Header) -> float:

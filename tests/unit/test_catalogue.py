@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     image[8:12, 8:12] = 5
     write(tmp_path / "image.fits", image)
     write(tmp_path / "noise.fits", np.ones((20, 24)))
-    write(tmp_path / "psf.fits", np.full((5, 5), 3.0))
+    write(tmp_path / "psf.fits", 3 * gaussian_kernel(0.6, 2))
     return tmp_path
 
 
@@ -279,6 +279,13 @@ def test_pixels_that_are_no_measurement(folder: Path) -> None:
         "20 px are exactly 0; mask them if there is no image there",
         "pixels of 0.05 arcsec by the table, 0.04 by the header",
     )
+
+
+def test_a_psf_without_a_peak_is_told_of(folder: Path) -> None:
+    files = LensFiles(*(folder / f"{kind}.fits" for kind in ("image", "psf", "noise")), pixel_scale=0.05)
+    assert read_lens(files).notes == ()
+    write(folder / "psf.fits", gaussian_kernel(3.0, 2))
+    assert read_lens(files).notes == ("PSF with 0.74 of its peak at its border: it is cut too small, or is none",)
 
 
 def field(points: list[tuple[int, int]], blobs: list[tuple[int, int]]) -> np.ndarray:
