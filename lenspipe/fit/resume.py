@@ -29,7 +29,8 @@ from lenspipe.posteriors.shards import damaged
 from lenspipe.results import Results
 from lenspipe.tensors import hash_of_tensors
 
-HOW_IT_RUNS = {"shard_size", "batch_size"}  # settings of fits that decide no result
+HOW_IT_RUNS = ("shard_size", "batch_size")  # settings of fits that decide no result
+METHODS = ("adam", "svi")  # begin the names of settings that decide none where no such method is chosen
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Place:
 def lens_hashes(config: Config, paths: Results, lenses: pd.DataFrame) -> dict[str, str]:
     """Hash of all that decides the result of each usable lens, by name: settings, earlier stages, its data."""
     settings = config.model_dump(mode="json", include={"seed": True, "lens": True, "priors": True, "fit": True})
-    settings["fit"] = {key: value for key, value in settings["fit"].items() if key not in HOW_IT_RUNS}
+    chosen = (config.fit.search, config.fit.sampler)
+    unused = [f"{method}_" for method in METHODS if not any(name.startswith(method) for name in chosen)]
+    left_out = (*HOW_IT_RUNS, *unused)
+    settings["fit"] = {key: value for key, value in settings["fit"].items() if not key.startswith(left_out)}
     common = {
         "settings": settings,
         "files": {path.name: hash_of_tensors(path) for path in files_that_decide(config, paths)},

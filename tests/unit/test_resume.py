@@ -122,6 +122,25 @@ def test_what_decides_a_result_has_it_fitted_again(what: str, paths: Results, as
     assert first.sizes["lens"] == len(NAMES)
 
 
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({"shard_size": 7, "batch_size": 3}, False),
+        ({"svi_rank": 5, "adam_steps": 7}, False),
+        ({"svi_rank": 5, "sampler": "svi_low_rank"}, True),
+        ({"adam_steps": 7, "search": "adam"}, True),
+        ({"starts": 7}, True),
+    ],
+)
+def test_settings_that_decide_no_result(settings: dict[str, object], counts: bool, paths: Results) -> None:
+    chosen = {key: value for key, value in settings.items() if key in ("search", "sampler")}
+    before, after = (
+        resume.lens_hashes(Config(fit=Fit(**given)), paths, read_catalogue(paths.catalogue))  # type: ignore[arg-type]
+        for given in (chosen, settings)
+    )
+    assert (before != after) is counts
+
+
 def test_the_same_source_made_again_has_nothing_fitted_again(paths: Results, asked: Counter[str]) -> None:
     """At another time, from files that lie elsewhere, by another commit."""
     run(config(), paths, (0, 1))
