@@ -2,7 +2,8 @@
 
 After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next, with as many draws
 again. They come beside those it has or, where R-hat still misses its gate and is less without those, in place of them.
-What a lens keeps is thinned to the same number of draws for all, and the gates look at those.
+What a lens keeps is thinned to the same number of draws for all, and the gates look at those. A chain that ended in
+a solution of far less evidence than another chain's goes on from there.
 
 Chains move in the unknowns of `LensModel.straight` and, where the source is learned, of `Following`; what `sample` is
 given and returns is in the model's own.
@@ -24,7 +25,7 @@ from torch import Tensor
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
 from lenspipe.fit.following import Following
-from lenspipe.fit.hmc import PLACES, Draws, Run, mean_over_chains
+from lenspipe.fit.hmc import PLACES, Draws, Run
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -35,6 +36,7 @@ log = logging.getLogger("lenspipe")
 
 CHECKPOINT_SECONDS = 60.0  # least time between checkpoints
 PER_DRAW = [field.name for field in fields(Draws) if field.name != "step_size"]
+LOST = 15.0  # how much less evidence a chain's solution has that counts for nothing [nat]; estimates scatter by some 5
 LATER_WARMUP = 4  # a later round, whose step size is nearly right, warms up for this fraction of the first's
 
 
@@ -163,12 +165,21 @@ def begun(
     target, center, walls = chains.value_and_gradient, found.w[lenses], model.priors.walls
     if number == 0:
         return Run(target, center, found.hessian[lenses], settings, generators, chains.hessian, walls=walls)
-    places = torch.cat([thinned(draws, PLACES).w for draws in before])  # [lens, chain, place, size]
-    hessian = torch.stack([mean_over_chains(chains.hessian, w) for w in places.unbind(2)]).mean(0)
+    some = [thinned(draws, PLACES) for draws in before]
+    places = torch.cat([draws.w for draws in some])  # [lens, chain, place, size]
+    curved = torch.stack([chains.hessian(w.flatten(0, 1)) for w in places.unbind(2)]).mean(0)
+    value = torch.cat([draws.log_density for draws in some]).mean(2)
+    places, curved, lost = rejoined(places, curved.unflatten(0, places.shape[:2]), value)
+    for row, moved in zip(rows, lost.sum(1).tolist(), strict=True):
+        if moved:
+            name = model.batch.names[row]
+            log.info(
+                "%s: %d of %d chains were where there is less evidence, and begin anew", name, moved, value.shape[1]
+            )
     return Run(
         target,
         center,
-        hessian,
+        curved.mean(1),
         settings,
         generators,
         warmup=settings.warmup // LATER_WARMUP,
@@ -178,6 +189,26 @@ def begun(
         seen=places.transpose(1, 2),
         walls=walls,
     )
+
+
+def rejoined(places: Tensor, curved: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where chains go on: those in a solution of far less evidence than another one's, at places of the others.
+
+    places: where they were, [lens, chain, place, size]; curved, value: the mean Hessian [lens, chain, size, size] and
+    log density [lens, chain] there. The evidence of the solution that a chain is in is, but for a constant, its mean
+    log density less half of the logarithm of the determinant of its Hessian. No chain finds its way from one to the
+    other, so that what it draws would count for as much as what the others do. Returns places and Hessians, and which
+    chains were lost [lens, chain].
+    """
+    evidence = value - 0.5 * torch.logdet(curved)
+    lost = evidence < evidence.amax(1, keepdim=True) - LOST
+    places, curved = places.clone(), curved.clone()
+    for row in lost.any(1).nonzero()[:, 0].tolist():
+        good, bad = ((lost[row] == which).nonzero()[:, 0].tolist() for which in (False, True))
+        for number, chain in enumerate(bad):
+            other, later = good[number % len(good)], (number + 1) * places.shape[2] // (len(bad) + 1)
+            places[row, chain], curved[row, chain] = places[row, other].roll(later, 0), curved[row, other]
+    return places, curved, lost
 
 
 def gauges(draws: Draws, settings: Fit, monitored: list[int]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lenspipe.catalogue.batch import LensBatch
 from lenspipe.fit.model import LensModel
 from lenspipe.image.source_plane import light_centre
 from lenspipe.prior_map import PriorMap
@@ -68,6 +69,10 @@ class Following:
             -1 / slopes[:, place],
             drawn_by,
         )
+
+    @property
+    def batch(self) -> LensBatch:
+        return self.model.batch
 
     @property
     def priors(self) -> PriorMap:

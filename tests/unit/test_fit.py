@@ -871,6 +871,54 @@ def test_only_lenses_that_miss_a_gate_go_on(
     ]
 
 
+def test_lost_chains_go_on_where_the_others_are() -> None:
+    """Height and width of a chain's solution count, chains of alike evidence stay, lenses do not mix."""
+    places = torch.arange(5.0)[:, None].expand(2, 4, 5, 1) + 10 * torch.arange(8.0).reshape(2, 4, 1, 1)
+    wide, narrow = torch.tensor([[[1.0]]]), torch.tensor([[[math.exp(40.0)]]])  # 20 nat less room
+    curved = torch.cat([wide, wide, wide, narrow, wide, wide, narrow, wide]).reshape(2, 4, 1, 1).double()
+    value = torch.tensor([[-100.0, -110.0, -117.0, -90.0], [-100.0, -105.0, -85.0, -95.0]])
+    went_on, hessians, lost = chains.rejoined(places, curved, value)
+    assert lost.tolist() == [[False, False, True, False], [False] * 4]
+    assert torch.equal(went_on[0, [0, 1, 3]], places[0, [0, 1, 3]])
+    assert torch.equal(went_on[1], places[1])
+    assert went_on[0, 2, :, 0].tolist() == [3, 4, 0, 1, 2]  # those of the first chain, at the end another one
+    assert hessians.flatten().tolist() == curved.flatten().tolist()
+    value[0, 3], value[0, 1] = -117.0, -140.0
+    went_on, hessians, lost = chains.rejoined(places, curved, value)
+    assert lost.tolist()[0] == [False, True, True, True]
+    assert (went_on[0, :, :, 0].max(1).values == 4).all()
+    assert len(set(went_on[0, :, -1, 0].tolist())) == 4
+    assert (hessians[0] == 1).all()
+
+
+def test_a_later_round_begins_where_there_is_evidence(
+    model: tuple[LensModel, Tensor],
+    found: map_search.MapFit,
+    never_stopped: hmc.Draws,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A chain that was at a place far off is moved, and does not widen the reach of the others."""
+    caplog.set_level("INFO", "lenspipe")
+    lens_model = model[0]
+    good = chains.of_lens(never_stopped, 1)
+    w, log_density = good.w.clone(), good.log_density.clone()
+    w[0, 1, :, 0] += 0.3
+    rows = torch.ones(w.shape[2], dtype=torch.long)
+    log_density[0, 1] = lens_model.log_density(w[0, 1], rows=rows)
+    assert (log_density[0, 1] < log_density[0, 0] - 100).all()
+    far = replace(good, w=w, log_density=log_density)
+    runs = [chains.begun(lens_model, found, GATED, seeded(1), [1], [before], 1) for before in (good, far)]
+    assert caplog.messages == [
+        f"{lens_model.batch.names[1]}: 1 of 2 chains were where there is less evidence, and begin anew"
+    ]
+    begin = runs[1].w[0]
+    torch.testing.assert_close(begin[0], runs[0].w[0, 0])
+    nearest = (begin[1] - good.w[0, 0]).abs().amax(-1).min()
+    assert float(nearest) < 1e-6
+    assert not torch.allclose(begin[0], begin[1])
+    assert float(runs[1].length) < 2 * float(runs[0].length)
+
+
 def of_one_lens(w: Tensor) -> hmc.Draws:
     """Draws [1, chain, draw, size] of which only the unknowns matter."""
     blank = torch.zeros(w.shape[:3])
