@@ -3,7 +3,7 @@
 After a round, a lens whose R-hat or effective sample size misses its gate takes part in the next, with as many draws
 again. They come beside those it has or, where R-hat still misses its gate and is less without those, in place of them.
 What a lens keeps is thinned to the same number of draws for all, and the gates look at those. A chain that ended in
-a solution of far less evidence than another chain's goes on from there.
+a solution of far less evidence than those of two others goes on from theirs.
 
 Chains move in the unknowns of `LensModel.straight` and, where the source is learned, of `Following`; what `sample` is
 given and returns is in the model's own.
@@ -36,7 +36,7 @@ log = logging.getLogger("lenspipe")
 
 CHECKPOINT_SECONDS = 60.0  # least time between checkpoints
 PER_DRAW = [field.name for field in fields(Draws) if field.name != "step_size"]
-LOST = 15.0  # how much less evidence a chain's solution has that counts for nothing [nat]; estimates scatter by some 5
+LOST = 15.0  # how much less evidence a chain's solution has that counts for nothing [nat]; estimates scatter by 5 to 10
 LATER_WARMUP = 4  # a later round, whose step size is nearly right, warms up for this fraction of the first's
 
 
@@ -192,16 +192,17 @@ def begun(
 
 
 def rejoined(places: Tensor, curved: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where chains go on: those in a solution of far less evidence than another one's, at places of the others.
+    """Where chains go on: those in a solution of far less evidence than two others have, at places of the others.
 
     places: where they were, [lens, chain, place, size]; curved, value: the mean Hessian [lens, chain, size, size] and
     log density [lens, chain] there. The evidence of the solution that a chain is in is, but for a constant, its mean
     log density less half of the logarithm of the determinant of its Hessian. No chain finds its way from one to the
-    other, so that what it draws would count for as much as what the others do. Returns places and Hessians, and which
-    chains were lost [lens, chain].
+    other, so that what it draws would count for as much as what the others do. One chain that has more than all others
+    may have it by chance. Returns places and Hessians, and which chains were lost [lens, chain].
     """
     evidence = value - 0.5 * torch.logdet(curved)
-    lost = evidence < evidence.amax(1, keepdim=True) - LOST
+    second = evidence.topk(min(2, evidence.shape[1]), 1).values[:, -1:]
+    lost = evidence < second - LOST
     places, curved = places.clone(), curved.clone()
     for row in lost.any(1).nonzero()[:, 0].tolist():
         good, bad = ((lost[row] == which).nonzero()[:, 0].tolist() for which in (False, True))
