@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -16,6 +15,7 @@ from astropy.wcs import WCS, FITSFixedWarning
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from lenspipe.catalogue.fits_images import file_of, image_and_header, read_image
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.preparation import Prepared, Wishes, prepare
 from lenspipe.config import Preparation
@@ -25,7 +25,6 @@ from lenspipe.image.psf import of_pixels
 
 NOISE_MASKED = 1e6  # a noise this many times its median marks a masked pixel
 SCALE_KEYWORDS = ("PIXSCALE", "PIXSCAL", "SECPIX")  # ["], where the header has no WCS
-EXTENSION = re.compile(r"(.+)\[\s*(\w[^][]*?)\s*\]")  # a file, and in brackets the extension that is meant
 LINEAR = ("CD1_1", "CD1_2", "CDELT1", "PC1_1")  # one of these is in the header where a WCS has a scale
 DISTORTIONS = re.compile(r"(CPDIS|CPERR|CQDIS|CQERR|DP|DQ|D2IM|AXISCORR|[AB]P?_)")  # begin keywords of a WCS's
 SCALES_DIFFER = 0.02  # share by which two pixel scales of one image are not the same
@@ -107,7 +106,7 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supe
     psf_supersampling: values of the PSF per pixel side. A pixel without a finite image must be masked, or have a noise
     that is not finite. Raises InputError naming the file, what was found and what was expected.
     """
-    image, header = _image(files.image)
+    image, header = image_and_header(files.image)
     if min(image.shape) < LEAST_SIDE:
         raise InputError(f"{files.image}: the image is {_size(image)} px; its sides must be at least {LEAST_SIDE}")
     usable, image_unit = _mask(files, image), _image_unit(header)
@@ -198,7 +197,7 @@ def _noise(
 ) -> tuple[NDArray[np.float64], Path, tuple[str, ...]]:
     """The noise map [ny, nx], the file to blame for it and what looks wrong with its unit."""
     if files.noise is not None:
-        noise, header = _image(files.noise)
+        noise, header = image_and_header(files.noise)
         if noise.shape != image.shape:
             raise InputError(
                 f"{files.noise}: the noise map is {_size(noise)} px, the image {files.image} {_size(image)}"
@@ -234,7 +233,7 @@ def _unit(text: str) -> UnitBase | str:
 
 def _kernel(path: Path, shape: Sequence[int], scale: float) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     """The PSF with a sum of 1, no larger than `shape`, the image, and what was done to it; scale: of its values ["]."""
-    psf, header = _image(path)
+    psf, header = image_and_header(path)
     if not np.isfinite(psf).all() or psf.sum() <= 0:
         raise InputError(f"{path}: the PSF must be finite with a sum above zero, found a sum of {psf.sum():g}")
     weight = np.square(psf)
@@ -329,56 +328,6 @@ def _refuse_point_images(path: Path, lens: LensImage, psf: NDArray[np.float64]) 
             f"{path}: {len(points)} point images at pixels (x, y) = {places}, as a lensed quasar has; only lensed "
             "galaxies can be fitted: mask stars, or leave this lens out"
         )
-
-
-def read_image(path: Path) -> NDArray[np.float64]:
-    """The first two-dimensional image of a FITS file, or that of the extension named in brackets after it.
-
-    An extension is named as CFITSIO does: `[SCI]`, `[SCI,2]` or, by number, `[1]`; the primary image is `[0]`. Raises
-    InputError where there is none or the file is broken.
-    """
-    return _image(path)[0]
-
-
-def file_of(path: Path) -> Path:
-    """The file that a path names which may have an extension in brackets after it."""
-    return _in_file(path)[0]
-
-
-def _in_file(path: Path) -> tuple[Path, str]:
-    """A file, and the extension that is named; empty where none is, as in a file whose own name ends in brackets."""
-    named = EXTENSION.fullmatch(str(path))
-    return (Path(named[1]), named[2]) if named and not path.is_file() else (path, "")
-
-
-def _image(path: Path) -> tuple[NDArray[np.float64], fits.Header]:
-    file, extension = _in_file(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    shapes = []
-    try:
-        with fits.open(file, memmap=False) as hdus:
-            for hdu in _extension(path, hdus, extension) if extension else hdus:
-                if isinstance(hdu, fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU) and hdu.data is not None:
-                    if (flat := np.squeeze(hdu.data)).ndim == 2:
-                        return np.asarray(flat, dtype=np.float64), hdu.header
-                    shapes.append(" x ".join(map(str, hdu.data.shape[::-1])))
-    except InputError:
-        raise
-    except Exception as error:  # of astropy's and of the decompression's, of a dozen kinds
-        raise InputError(f"{file}: not a readable FITS file ({error}); it may be truncated, fetch it again") from None
-    found = f", found {', '.join(shapes)}" if shapes else ""
-    raise InputError(f"{path}: no two-dimensional image {'there' if extension else 'in this FITS file'}{found}")
-
-
-def _extension(path: Path, hdus: fits.HDUList, extension: str) -> list[Any]:
-    """The one that is named, in a list. Raises InputError where there is none of that name or number."""
-    name, _, version = (part.strip() for part in extension.partition(","))
-    try:
-        return [hdus[int(name) if name.isdigit() else (name, int(version)) if version else name]]
-    except (KeyError, IndexError, ValueError):
-        there = ", ".join(f"[{number}] {hdu.name}".rstrip() for number, hdu in enumerate(hdus))
-        raise InputError(f"{path}: no such extension; this file has {there}") from None
 
 
 def _refuse(path: Path, what: str, bad: NDArray[np.bool_]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 from astropy.table import Table
 
-from lenspipe.catalogue.observed import LensFiles, LensImage, file_of, read_lens
+from lenspipe.catalogue.fits_images import file_of
+from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
 from lenspipe.catalogue.preparation import Wishes
 from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, Priors, expand_path
 from lenspipe.errors import ConfigError, InputError, in_one_line

@@ -13,7 +13,8 @@ import xarray as xr
 from astropy.io import fits
 
 from lenspipe.catalogue import tables
-from lenspipe.catalogue.observed import LensFiles, file_of, read_image, read_lens
+from lenspipe.catalogue.fits_images import file_of, read_image
+from lenspipe.catalogue.observed import LensFiles, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
 from lenspipe.catalogue.tables import outside_files, read_entry, read_table, stamp
