@@ -327,7 +327,8 @@ def check_lenses(
     ] = None,
 ) -> None:
     """Check every lens of a table or folder before a run: usable, or why not."""
-    from lenspipe.catalogue.tables import read_entry, read_table, unused
+    from lenspipe.catalogue.observed import read_entry
+    from lenspipe.catalogue.tables import read_table, unused
     from lenspipe.config import Config, Preparation
 
     unusable = 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,16 @@ from astropy.wcs import WCS, FITSFixedWarning
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from lenspipe.catalogue.entry import Entry, LensFiles
 from lenspipe.catalogue.fits_images import file_of, image_and_header, read_image
 from lenspipe.catalogue.point_images import point_images
-from lenspipe.catalogue.preparation import Prepared, Wishes, prepare
+from lenspipe.catalogue.preparation import Prepared, prepare
 from lenspipe.config import Preparation
-from lenspipe.errors import InputError
+from lenspipe.errors import InputError, in_one_line
 from lenspipe.image.noise import noise_of_data, signal_to_noise
 from lenspipe.image.psf import of_pixels
+
+log = logging.getLogger("lenspipe")
 
 NOISE_MASKED = 1e6  # a noise this many times its median marks a masked pixel
 SCALE_KEYWORDS = ("PIXSCALE", "PIXSCAL", "SECPIX")  # ["], where the header has no WCS
@@ -37,28 +41,6 @@ SUNK = 50.0  # how far below zero [noise] a pixel is no measurement
 FEW = 0.01  # share of pixels that may be so, or exactly zero
 SKY = 10.0  # level [noise of a pixel] of an image's outskirts above which it is told of; halos have 1 to 4
 INFLATED = 3.0  # factor by which empty sky scatters more, or less, than the noise map says above which it is told of
-
-
-@dataclass(frozen=True)
-class LensFiles:
-    """What is given of one lens; the paths of images may name extensions (`lens.fits[SCI]`).
-
-    noise: map of 1 sigma or, without one, background_rms [image units], exposure_time [s] and gain [electrons per image
-    unit and second]; mask_bad: value, 0 or 1, of the mask's bad pixels; pixel_scale ["]: from the image's header where
-    it is none; flux_unit: image units for one unit of `source_flux`, from the image where it is none.
-    """
-
-    image: Path
-    psf: Path
-    noise: Path | None = None
-    mask: Path | None = None
-    mask_bad: int = 1
-    pixel_scale: float | None = None
-    background_rms: float | None = None
-    exposure_time: float | None = None
-    gain: float = 1.0
-    flux_unit: float | None = None
-    wishes: Wishes = field(default_factory=Wishes)
 
 
 @dataclass(frozen=True)
@@ -98,6 +80,21 @@ class LensImage:
             hit = f" and {found.cosmic_rays} px of cosmic rays" if found.cosmic_rays else ""
             words.append(f"{found.companions} other objects{hit} masked")
         return ", ".join([*words, *self.notes])
+
+
+def read_entry(entry: Entry, preparation: Preparation | None, psf_supersampling: int) -> LensImage:
+    """The lens, checked and made ready; see `read_lens`. Raises InputError where it cannot be used, whatever it is."""
+    if entry.problem:
+        raise InputError(entry.problem)
+    try:
+        return read_lens(entry.files, preparation, psf_supersampling)
+    except InputError:
+        raise
+    except Exception as error:  # one lens does not take the others with it
+        log.warning("lens %s", entry.name, exc_info=True)
+        raise InputError(
+            f"{entry.files.image}: cannot be used for a reason not foreseen: {in_one_line(error)}"
+        ) from error
 
 
 def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supersampling: int = 1) -> LensImage:

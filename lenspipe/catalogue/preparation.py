@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 from scipy.optimize import minimize, nnls
 
+from lenspipe.catalogue.entry import Wishes
 from lenspipe.catalogue.point_images import full_width
 from lenspipe.config import Preparation
 from lenspipe.errors import InputError
@@ -41,18 +42,6 @@ CAP = 10.0  # significance of a pixel above which it counts no more
 SHARP = {"sigclip": 6.0, "sigfrac": 0.3, "objlim": 2.5, "niter": 2}  # of cosmic rays, as in LA Cosmic
 CORE = 7  # [px] from the middle of the PSF that they are held against
 SIDE_STEP = 16  # sides of cut-outs are multiples of this [px]
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the table says of a lens, in place of what would be found; pixels are counted from 0 at the lower left.
-
-    column, row: of the deflector [px]; fit_radius: of the disc that is fitted ["].
-    """
-
-    column: float | None = None
-    row: float | None = None
-    fit_radius: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,7 @@ def prepare(
     psf: Image,
     pixel_scale: float,
     settings: Preparation,
-    wishes: Wishes = Wishes(),
+    wishes: Wishes,
 ) -> Prepared:
     """Find the deflector and the arcs; cut out and mask. image, noise, usable: [ny, nx]; psf: [ky, kx].
 

@@ -20,8 +20,9 @@ from rich.progress import track
 
 from lenspipe import artefact
 from lenspipe.catalogue.batch import LensBatch
-from lenspipe.catalogue.observed import LensImage
-from lenspipe.catalogue.tables import Entry, read_entries, read_entry
+from lenspipe.catalogue.entry import Entry
+from lenspipe.catalogue.observed import LensImage, read_entry
+from lenspipe.catalogue.tables import read_entries
 from lenspipe.config import Catalogue, expand_path
 from lenspipe.errors import InputError, in_one_line
 from lenspipe.lens.coordinates import axis_ratio, ellipticity, theta_E_from_r_Ein

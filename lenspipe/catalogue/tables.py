@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from astropy.table import Table
 
+from lenspipe.catalogue.entry import Entry, LensFiles, Wishes
 from lenspipe.catalogue.fits_images import file_of
-from lenspipe.catalogue.observed import LensFiles, LensImage, read_lens
-from lenspipe.catalogue.preparation import Wishes
-from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Preparation, Priors, expand_path
+from lenspipe.config import NAME, Catalogue, Config, ObservedLens, Priors, expand_path
 from lenspipe.errors import ConfigError, InputError, in_one_line
-
-log = logging.getLogger("lenspipe")
 
 REQUIRED = ("name", "image", "psf")
 WISHES = ("center_column", "center_row", "fit_radius")
@@ -40,22 +34,6 @@ SEPARATORS = (",", ";", "\t", "|")  # of the cells of text; blanks where the lin
 STAMPED = 2000  # lenses of tables, at most, whose files are looked at before every run
 IMAGES = (".fits", ".fits.gz", ".fits.fz", ".fit")  # how the files of a lens in a folder of its own end
 KINDS = {"image": ("image",), "psf": ("psf",), "noise": ("noise", "noise_map"), "mask": ("mask",)}  # their names
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A lens before its files are opened.
-
-    facts: what else the table says of it that goes into the summary: zero_point [AB magnitude of one image unit],
-    z_lens, z_source; problem: why it cannot be used, where the table has it wrong.
-    """
-
-    name: str
-    files: LensFiles
-    origin: str
-    truth: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
-    problem: str = ""
 
 
 def count_lenses(config: Config) -> int:
@@ -206,6 +184,8 @@ def unused(path: Path) -> list[str]:
 def _cells(path: Path) -> pd.DataFrame:
     """A table as text, whatever its format."""
     if path.name.endswith((*FITS_TABLES, ".ecsv")):
+        from astropy.table import Table  # takes its time, and every run of Snakemake would wait for it
+
         try:
             columns = Table.read(path)
         except Exception as error:  # astropy's readers raise what they like
@@ -292,21 +272,6 @@ def _checked(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     if bad := [f"lens {line} has the name {name!r}" for line, name in names if not re.fullmatch(NAME, name)]:
         raise InputError(f"{path}: {'; '.join(bad[:10])}; use letters, digits and _ . + - alone")
     return table
-
-
-def read_entry(entry: Entry, preparation: Preparation | None, psf_supersampling: int) -> LensImage:
-    """The lens, checked and made ready; see `read_lens`. Raises InputError where it cannot be used, whatever it is."""
-    if entry.problem:
-        raise InputError(entry.problem)
-    try:
-        return read_lens(entry.files, preparation, psf_supersampling)
-    except InputError:
-        raise
-    except Exception as error:  # one lens does not take the others with it
-        log.warning("lens %s", entry.name, exc_info=True)
-        raise InputError(
-            f"{entry.files.image}: cannot be used for a reason not foreseen: {in_one_line(error)}"
-        ) from error
 
 
 def _refuse_duplicates(entries: list[Entry]) -> None:

@@ -13,11 +13,12 @@ import xarray as xr
 from astropy.io import fits
 
 from lenspipe.catalogue import tables
+from lenspipe.catalogue.entry import LensFiles
 from lenspipe.catalogue.fits_images import file_of, read_image
-from lenspipe.catalogue.observed import LensFiles, read_lens
+from lenspipe.catalogue.observed import read_entry, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
-from lenspipe.catalogue.tables import outside_files, read_entry, read_table, stamp
+from lenspipe.catalogue.tables import outside_files, read_table, stamp
 from lenspipe.config import Catalogue, Config, Mocks
 from lenspipe.errors import InputError
 from lenspipe.fit.batch import Task, fit_task

@@ -15,8 +15,9 @@ from astropy.wcs import WCS
 from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
-from lenspipe.catalogue.observed import LensFiles, read_lens
-from lenspipe.catalogue.preparation import Prepared, Wishes, cut, prepare
+from lenspipe.catalogue.entry import LensFiles, Wishes
+from lenspipe.catalogue.observed import read_lens
+from lenspipe.catalogue.preparation import Prepared, cut, prepare
 from lenspipe.catalogue.tables import read_table, unused
 from lenspipe.cli import app
 from lenspipe.config import Preparation
