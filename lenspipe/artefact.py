@@ -107,6 +107,11 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def partial(target: Path, mark: str) -> Path:
+    """Where `target` is while it is being written."""
+    return target.with_name(f".{target.name}.{mark}.partial")
+
+
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it to `target` when the block ends without an error.
@@ -115,7 +120,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     same one, the later wins. Raises LenspipeError where the folder cannot be written to, or has no space left.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    temporary = partial(target, uuid.uuid4().hex[:8])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -196,7 +196,7 @@ def fit(
 def refit(
     names: Annotated[list[str] | None, typer.Argument(help="lenses by name")] = None,
     where: Annotated[
-        str | None, typer.Option(help="or a condition on columns of the summary: 'ess_bulk_min < 400'")
+        str | None, typer.Option(help="or a condition on columns of the summary: 'r_hat_max > 1.05'")
     ] = None,
     draws_factor: Annotated[
         int, typer.Option(min=1, help="how many times the usual number of draws; thinned to that number")

@@ -9,8 +9,7 @@ import pandas as pd
 
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.errors import InputError
-from lenspipe.results import Results
-from lenspipe.summary import read_summary
+from lenspipe.results import Results, read_summary
 
 BESIDE = ("theta_E_median", "gamma_median", "chi2_per_pixel", "status")  # of every run, for the eye
 

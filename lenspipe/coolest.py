@@ -27,7 +27,7 @@ from lenspipe.errors import InputError
 from lenspipe.lens.coordinates import coolest_from_phi
 from lenspipe.lens.parameters import LIGHT_PROFILES, MASS_PROFILES, MGE_AMPLITUDES, qualified
 from lenspipe.posteriors.reading import observed
-from lenspipe.posteriors.shards import Group, find_lens, groups
+from lenspipe.posteriors.shards import Group, find_lens, groups, manifests
 from lenspipe.posteriors.store import parameter_names
 from lenspipe.results import Results
 
@@ -61,7 +61,9 @@ def export(paths: Results, to: Path, names: Sequence[str] = ()) -> int:
     chosen = [find_lens(paths.fit, name) for name in names] or list(groups(paths.fit))
     if not chosen:
         raise InputError(f"{paths.fit}: no lens of this run has a posterior; its manifests shard-*.csv say why")
-    record = artefact.provenance(STAGE, {}, [paths.catalogue, paths.fit], lenses=_count(chosen))
+    record = artefact.provenance(
+        STAGE, {}, [paths.catalogue.with_name("lenses.csv"), *manifests(paths.fit)], lenses=_count(chosen)
+    )
     about = json.dumps({artefact.KEY: record}, indent=2).encode()
     with artefact.written_whole(to) as target:
         write = _zip if to.suffix == ".zip" else _folder
@@ -110,7 +112,7 @@ def template(lens: xr.Dataset, seen: xr.Dataset, settings: Mapping[str, Any]) ->
             "lens": str(lens["name"].item()),
             "origin": "right ascension and declination are not known; x and y are those of the image",
             "fluxes": "in units of the image, not electrons per second",
-            **({"background": float(lens["background_map"])} if "background_map" in lens else {}),
+            **({"background": float(lens["background_map"] * seen["flux_unit"])} if "background_map" in lens else {}),
         },
     }
 

@@ -13,8 +13,8 @@ from astropy.table import Table
 
 from lenspipe import artefact
 from lenspipe.errors import InputError
-from lenspipe.results import Results
-from lenspipe.summary import read_summary, unit_of
+from lenspipe.results import Results, read_summary
+from lenspipe.summary import unit_of
 
 COLUMNS = {
     "theta_E": r"$\theta_\mathrm{E}$ [$''$]",

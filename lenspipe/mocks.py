@@ -23,7 +23,7 @@ from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.image.noise import noise_map
 from lenspipe.image.psf import gaussian_kernel
-from lenspipe.image.simulator import Brightness, Optics, Parameters, Simulator, canonical
+from lenspipe.image.simulator import Optics, Parameters, Simulator, canonical
 from lenspipe.lens.coordinates import ellipticity
 from lenspipe.optics import read_optics
 from lenspipe.prior_map import PriorMap
@@ -62,8 +62,7 @@ def write_mocks(config: Config, paths: Results) -> None:
                 latent = torch.randn(1, prior.size, generator=generator).double()
                 picture, source = prior(latent)[0].numpy(), view(prior, latent, optics.interpolation)
                 origin = "prior"
-            seen = source.of(parameters)
-            rows += _write_system(settings, system, parameters, picture, seen, origin, optics, generator, folder)
+            rows += _write_system(settings, system, parameters, picture, source, origin, optics, generator, folder)
         pd.DataFrame(rows).to_csv(folder / "lenses.csv", index=False)
         used = {name: getattr(config, name) for name in ("mocks", "lens", "priors")}
         artefact.write_record(folder, artefact.provenance("mocks", used, inputs, config.seed))
@@ -103,7 +102,7 @@ def _write_system(
     system: int,
     parameters: Parameters,
     picture: np.ndarray,
-    seen: torch.Tensor | Brightness,
+    source: Drawn | Seen,
     origin: str,
     optics: Optics,
     generator: torch.Generator,
@@ -111,14 +110,15 @@ def _write_system(
 ) -> list[dict[str, object]]:
     """Write one system at every noise level; its rows of the table.
 
-    picture: image of the source; seen: what of it the simulator takes.
+    picture: image of the source.
     """
     n, scale = settings.image_size, settings.pixel_scale
     kernel = gaussian_kernel(settings.psf_sd / scale * optics.psf_supersampling)
     simulator = Simulator(optics, torch.from_numpy(kernel)[None], torch.tensor([scale]).double(), (n, n))
-    clean = simulator.image(parameters, seen)[0]
+    clean = simulator.image(parameters, source.of(parameters))[0]
     truth = {f"true_{name}": float(value) for name, value in _with_ellipticity(parameters).items()}
-    source = picture * truth["true_source_flux"]
+    in_flux_units = torch.from_numpy(picture * truth["true_source_flux"])
+    centre = {f"CENTRE_{axis}": float(place) for axis, place in zip("UV", source.centre, strict=True)}
     rows: list[dict[str, object]] = []
     for level in settings.noise_levels:
         name = f"mock-{system:04d}-{level.name}"
@@ -129,7 +129,7 @@ def _write_system(
         _write_fits(place / "image.fits", noisy, scale)
         _write_fits(place / "noise.fits", sd, scale)
         _write_fits(place / "psf.fits", torch.from_numpy(kernel), scale / optics.psf_supersampling)
-        _write_fits(place / "source.fits", torch.from_numpy(source), truth["true_source_size"] / len(source))
+        _write_fits(place / "source.fits", in_flux_units, truth["true_source_size"] / len(picture), centre)
         paths = {kind: f"{name}/{kind}.fits" for kind in ("image", "noise", "psf")}
         rows.append({"name": name, "pixel_scale": scale, **paths, "flux_unit": 1.0, "source_galaxy": origin, **truth})
     return rows
@@ -140,7 +140,11 @@ def _with_ellipticity(parameters: Parameters) -> Parameters:
     return {**parameters, "e1": e1, "e2": e2}
 
 
-def _write_fits(path: Path, image: Tensor, pixel_scale: float) -> None:
+def _write_fits(
+    path: Path, image: Tensor, pixel_scale: float, centre: Mapping[str, float] = MappingProxyType({})
+) -> None:
     hdu = fits.PrimaryHDU(image.numpy().astype("float32"))
     hdu.header["PIXSCALE"] = (pixel_scale, "arcsec per pixel")
+    for key, place in centre.items():
+        hdu.header[key] = (place, "of the light [width of the image]")
     hdu.writeto(path)

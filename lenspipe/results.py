@@ -6,7 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from lenspipe.errors import InputError
+
 AS_WRITTEN: Any = {"keep_default_na": False, "na_values": [""]}  # for read_csv: a lens may be called NA
+
+
+TEXTS = (
+    "name",
+    "status",
+    "flags",
+    "reason",
+    "origin",
+    "prior_depth_of",
+    "image_unit",
+    "notes",
+)  # columns of the summary
 
 
 @dataclass(frozen=True)
@@ -76,3 +92,11 @@ class Results:
     @property
     def report(self) -> Path:
         return self.root / "report/report.html"
+
+
+def read_summary(path: Path) -> pd.DataFrame:
+    """The rows of `lenses.csv`; empty cells of text are empty strings. Raises InputError where the file is missing."""
+    if not path.is_file():
+        raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
+    return table.fillna(dict.fromkeys(TEXTS, "")).copy()  # in one piece: it has hundreds of columns

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from textwrap import shorten
 
 import psutil
 
@@ -31,7 +32,7 @@ def refuse_second_run(results: Path) -> None:
         return
     if lives and first["pid"] != os.getpid():
         raise LenspipeError(
-            f"{results}: process {first['pid']} is running lenspipe here already ({' '.join(_command(first['pid']))}); "
+            f"{results.resolve()}: process {first['pid']} is running lenspipe here already ({_command(first['pid'])}); "
             "wait until it has ended, stop it, or give this run another --directory"
         )
 
@@ -40,8 +41,8 @@ def _note(results: Path) -> Path:
     return results / ".run.json"
 
 
-def _command(pid: int) -> list[str]:
+def _command(pid: int) -> str:
     try:
-        return psutil.Process(pid).cmdline()
+        return shorten(" ".join(psutil.Process(pid).cmdline()), 200, placeholder=" ...")
     except psutil.Error:
-        return []
+        return "whose command is not known"

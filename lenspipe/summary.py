@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from numpy.typing import NDArray
 from lenspipe import artefact
 from lenspipe.catalogue.stage import FOUND, read_catalogue
 from lenspipe.config import Summary
-from lenspipe.errors import InputError
 from lenspipe.posteriors.convergence import convergence_of
 from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests
 from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, interchangeable, parameter_names
-from lenspipe.results import AS_WRITTEN, Results
+from lenspipe.processes import side_by_side
+from lenspipe.results import TEXTS, Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
 FROM_DRAWS = (
@@ -54,7 +52,6 @@ AS_STORED = (
     "ray_chi2",
     "seconds",
 )
-TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of", "image_unit", "notes")
 FIRST = ("name", "status", "flags", "reason", "origin", "snr")
 LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
 LEFT |= {"light_map", "critical_curve", "caustic"}
@@ -89,14 +86,6 @@ def write_summary(settings: Summary, paths: Results, workers: int = 1) -> None:
         artefact.write_json(provenance, record)
 
 
-def read_summary(path: Path) -> pd.DataFrame:
-    """The rows of `lenses.csv`; empty cells of text are empty strings. Raises InputError where the file is missing."""
-    if not path.is_file():
-        raise InputError(f"{path}: no summary of the lenses here; run the stage summary first")
-    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), **AS_WRITTEN)
-    return table.fillna(dict.fromkeys(TEXTS, "")).copy()  # in one piece: it has hundreds of columns
-
-
 def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFrame:
     """One row for every lens of the catalogue, in its order, with what is known of it besides."""
     lenses = read_catalogue(paths.catalogue)
@@ -106,7 +95,7 @@ def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFram
     if min(workers, len(blocks)) <= 1:
         rows = [block_rows(block) for block in blocks]
     else:
-        with ProcessPoolExecutor(min(workers, len(blocks)), get_context("spawn")) as pool:
+        with side_by_side(min(workers, len(blocks)), "summary") as pool:
             rows = list(pool.map(block_rows, blocks))
     fitted = pd.concat([pd.DataFrame({"name": []}, dtype=str), *rows], ignore_index=True)
     table = with_flags(known.merge(fitted, "inner", on="name", validate="one_to_one"), settings)
@@ -141,8 +130,7 @@ def on_the_sky(table: pd.DataFrame) -> pd.DataFrame:
     added: dict[str, Any] = {}
     if "phi_median" in table and numbers["north"].notna().any():
         turn = numbers["parity"] * (table["phi_median"] - numbers["north"])
-        middle = -(np.degrees(-turn) + 90) % 180 - 90
-        middle = middle.where(middle != -90, 90.0)
+        middle = 90 - (90 - np.degrees(turn)) % 180
         sides = [numbers["parity"] * (table[f"phi_{key}"] - table["phi_median"]) for key in ("p16", "p84")]
         low, high = (np.degrees(f(*(side.to_numpy(float) for side in sides))) for f in (np.minimum, np.maximum))
         added |= {"median": middle, "p16": middle + low, "p84": middle + high}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lenspipe.artefact import KEY, written_whole
@@ -23,7 +23,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     """Write named tensors and their record, whole."""
     alone = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
-        save_file(alone, temporary, metadata={KEY: json.dumps(record)})
+        temporary.write_bytes(save(alone, metadata={KEY: json.dumps(record)}))  # `save_file` raises no OSError
 
 
 def read_tensors(path: Path, what: str, stage: str, build: Callable[[dict[str, Tensor], Any], T]) -> T:

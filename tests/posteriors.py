@@ -103,7 +103,7 @@ def write_catalogue(
                 "psf": (("lens", "psf_y", "psf_x"), np.full((len(names), 3, 3), 1 / 9, "float32")),
                 "first_light": (("lens", "y", "x"), np.zeros((len(names), pixels, pixels), "float32")),
                 "arcs": (("lens", "y", "x"), np.zeros((len(names), pixels, pixels), bool)),
-                "flux_unit": ("lens", np.ones(len(names))),
+                "flux_unit": ("lens", np.full(len(names), 2.0)),
                 "light_unit": ("lens", np.ones(len(names))),
                 "pixel_scale": ("lens", np.full(len(names), 0.1)),
                 "name": ("lens", np.array(names, dtype=object)),

@@ -113,7 +113,7 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supe
     _refuse(origin, "zero or negative noise", (noise <= 0) & usable)
     if not usable.any():
         raise InputError(f"{files.mask}: every pixel is masked; if it has 0 where pixels are bad, set mask_bad to 0")
-    median = np.median(noise[usable])
+    median = _median_of_noise(image[finite], noise[finite])
     _refuse(origin, f"a noise below {NO_NOISE:g} times its median", (noise < NO_NOISE * median) & usable)
     usable &= noise < NOISE_MASKED * median
     if not usable.any():
@@ -140,6 +140,22 @@ def read_lens(files: LensFiles, preparation: Preparation | None = None, psf_supe
     light_unit = lens.prepared.light_unit if lens.prepared else unit
     found = signal_to_noise(lens.image, lens.noise, lens.usable)
     return replace(lens, flux_unit=unit, light_unit=light_unit, signal_to_noise=found)
+
+
+def _median_of_noise(image: NDArray[np.float64], noise: NDArray[np.float64]) -> float:
+    """The median of noise [n], without what masks pixels, however many those are; not finite where all are.
+
+    Where most of it is huge beside the rest, it masks, if the rest suits the image [n]: a noise of next to nothing, at
+    a few pixels or where there is no image, does not.
+    """
+    measured = np.isfinite(noise)
+    if not measured.any():
+        return np.inf
+    median = np.median(noise[measured])
+    low = noise < median
+    lower = np.median(noise[low]) if low.any() else median
+    suits = median > NOISE_MASKED * lower and 0 < np.median(np.abs(image[low]) / noise[low]) < 1 / NO_NOISE
+    return float(lower if suits else median)
 
 
 def _measured(

@@ -49,7 +49,7 @@ class Prepared:
     """What was found. Arrays are of the cut-out [side, side], whose middle is the deflector's nearest pixel or corner.
 
     light: of the deflector at the first look; arcs: what is taken for them; center_column, center_row: of the deflector
-    in the whole image [px]; background, background_sd: clipped median of the image beyond the disc, and its error;
+    in the whole image [px]; background, background_error: clipped median of the image beyond the disc, and its error;
     fit_radius: of the disc that is fitted ["]; arc_radius, first_arc_snr: mean radius ["] and signal-to-noise of the
     arcs; companions, cosmic_rays: how many objects and pixels hit were masked in the disc; masked: share of its pixels
     that is not fitted;
@@ -68,7 +68,7 @@ class Prepared:
     center_column: float
     center_row: float
     background: float
-    background_sd: float
+    background_error: float
     fit_radius: float
     arc_radius: float
     first_arc_snr: float
@@ -107,7 +107,7 @@ def prepare(
     look = usable & (radius < SEEN)
     light, outside = deflector_light(image, noise, look, x, y, psf_sd, settings.significance)
     significance = stand_out(image - light, noise, look)
-    arcs, others = sorted_objects(significance, radius, settings.significance, image.shape)
+    arcs, others = sorted_objects(significance, radius, settings.significance)
     weights = np.where(arcs & usable, np.clip(significance, 0, CAP), 0.0)
     arc_radius = float((weights * radius).sum() / weights.sum()) if weights.any() else np.nan
     residual = np.where(usable, image - light, 0.0)
@@ -143,7 +143,7 @@ def prepare(
         center_column=column,
         center_row=row,
         background=background,
-        background_sd=error,
+        background_error=error,
         fit_radius=fit_radius,
         arc_radius=arc_radius,
         first_arc_snr=snr,
@@ -274,16 +274,16 @@ def stand_out(residual: Image, noise: Image, look: Mask) -> Image:
     return smooth / max(spread, 1e-12)
 
 
-def sorted_objects(significance: Image, radius: Image, least: float, shape: tuple[int, ...]) -> tuple[Mask, Mask]:
+def sorted_objects(significance: Image, radius: Image, least: float) -> tuple[Mask, Mask]:
     """Pixels that stand out: those of arcs and those of companions [ny, nx].
 
     An object is an arc where its pixels have their mean radius below `OUTERMOST`, below `HALFWAY` where it reaches the
     edge of the image.
     """
     objects, count = label((significance > least) & (radius > INNERMOST))
-    edge = np.ones(shape, dtype=bool)
+    edge = np.ones(radius.shape, dtype=bool)
     edge[1:-1, 1:-1] = False
-    arcs, others = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    arcs, others = np.zeros_like(edge), np.zeros_like(edge)
     for number in range(1, count + 1):
         own = objects == number
         if own.sum() < 4:

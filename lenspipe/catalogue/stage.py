@@ -33,7 +33,7 @@ FOUND = (
     "center_column",
     "center_row",
     "background",
-    "background_sd",
+    "background_error",
     "fit_radius",
     "arc_radius",
     "first_arc_snr",

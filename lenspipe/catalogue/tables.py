@@ -243,12 +243,12 @@ def _read_table(path: Path) -> pd.DataFrame:
 
     Raises InputError for a missing file, a missing column or one with a name that is nearly right, and bad names.
     """
-    if path.is_dir():
-        return _checked(path, _folder_table(path))
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such table of lenses")
     try:
-        return _checked(path, _cells(path))
+        return _checked(path, _folder_table(path) if path.is_dir() else _cells(path))
+    except PermissionError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise InputError(f"{path}: not a table of lenses in UTF-8 text with a line of column names ({error})") from None
 

@@ -107,6 +107,6 @@ class Report(Section):
 
     title: str = Field("lenspipe", description="heading of the page")
     lenses: int = Field(
-        30, ge=0, description="greatest number of lenses drawn one by one; flagged and failed ones first"
+        30, ge=0, description="greatest number of lenses drawn one by one, flagged ones first; all are in its table"
     )
     reconstructions: Count = Field(8, description="number of test galaxies drawn with their reconstructions")

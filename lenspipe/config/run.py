@@ -161,7 +161,10 @@ def _validated(data: dict[str, Any], origin: str, *, whole: bool) -> Config:
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(), n=1)
+        name = str(error["loc"][-1])
+        close = difflib.get_close_matches(name, _known_keys(), n=1)
+        if close == [name]:
+            return f"{key}: unknown key; {name} is one of another section"
         return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     message = error["msg"].removeprefix("Value error, ")
     found = error.get("input")

@@ -124,7 +124,7 @@ def fit_lenses(task: Task) -> xr.Dataset:
     """
     config = load_config(json.loads(task.config))
     model = build_model(config, task.paths, task.bucket, list(task.names))
-    settings = config.fit.model_copy(update={"draws": config.fit.draws * task.draws_factor})
+    settings = config.fit
     checkpoint = batch_checkpoint(task)
     saved = checkpoint.load(model.data.device)
     found = map_search.restored(saved)
@@ -136,18 +136,20 @@ def fit_lenses(task: Task) -> xr.Dataset:
         for name, value in zip(task.names, found.log_density.tolist(), strict=True):
             log.info("%s: maximum found, log posterior %.1f", name, value)
         checkpoint.searched = checkpoint.seconds
+        checkpoint.save(map_search.as_tensors(found))
     else:
         checkpoint.resume(saved)
         log.info("goes on from its checkpoint")
     generators = _generators(config.seed, "hmc", task.names)
     if settings.sampler == "hmc":
-        draws = chains.sample(model, found, settings, generators, monitored(model), checkpoint)
+        draws = chains.sample(model, found, settings, generators, monitored(model), checkpoint, task.draws_factor)
     else:
-        draws = reference.SAMPLERS[settings.sampler](model, found, settings, generators)
-    draws = chains.thinned(draws, config.fit.draws)
+        longer = settings.model_copy(update={"draws": settings.draws * task.draws_factor})
+        draws = reference.SAMPLERS[settings.sampler](*on_processor(model, found), longer, generators)
+        draws = chains.thinned(draws, settings.draws)
     checkpoint.path.unlink(missing_ok=True)
     seconds, seconds_map = (value / len(task.names) for value in (checkpoint.seconds, checkpoint.searched))
-    result = _dataset(*on_processor(model, found, draws))
+    result = _dataset(*on_processor(model, found), hmc.Draws(**tensors_of(draws)))
     return result.assign(
         hash=("lens", np.array(task.hashes, dtype=object)),
         draws_factor=("lens", np.full(len(task.names), task.draws_factor)),
@@ -174,19 +176,17 @@ def monitored(model: LensModel) -> list[int]:
     return [column for column, name in enumerate(model.priors.free) if not interchangeable(name)]
 
 
-def on_processor(
-    model: LensModel, found: map_search.MapFit, draws: hmc.Draws
-) -> tuple[LensModel, map_search.MapFit, hmc.Draws]:
-    """Model and results off the GPU, for what is done once a lens."""
+def on_processor(model: LensModel, found: map_search.MapFit) -> tuple[LensModel, map_search.MapFit]:
+    """Model and maximum off the GPU, for what is done once a lens, and for Pyro."""
     at = torch.device("cpu")
     optics = replace(model.optics, deflection=model.optics.deflection and model.optics.deflection.to(device=at))
     moved = LensModel(model.batch.to(device=at), model.priors, model.source.to(at), optics)
-    return moved, map_search.MapFit(**tensors_of(found, at)), hmc.Draws(**tensors_of(draws, at))
+    return moved, map_search.MapFit(**tensors_of(found))
 
 
-def tensors_of(record: map_search.MapFit | hmc.Draws, at: torch.device) -> dict[str, torch.Tensor]:
-    """The fields of a record of tensors, on a device."""
-    return {field.name: getattr(record, field.name).to(at) for field in fields(record)}
+def tensors_of(record: map_search.MapFit | hmc.Draws) -> dict[str, torch.Tensor]:
+    """The fields of a record of tensors, off the GPU."""
+    return {field.name: getattr(record, field.name).cpu() for field in fields(record)}
 
 
 SEARCHES = {"gauss_newton": map_search.search, "adam": reference.adam_search}

@@ -26,7 +26,7 @@ from lenspipe.config import Fit
 from lenspipe.errors import InputError
 from lenspipe.fit.following import Following
 from lenspipe.fit.hmc import PLACES, Draws, Run
-from lenspipe.fit.map_search import MapFit
+from lenspipe.fit.map_search import MapFit, as_tensors
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
 from lenspipe.source.learned import LearnedSource
@@ -88,11 +88,13 @@ def sample(
     generators: list[torch.Generator],
     monitored: list[int],
     checkpoint: Checkpoint | None = None,
+    draws_factor: int = 1,
 ) -> Draws:
     """Draws of all lenses, `settings.draws` a chain, from at most `settings.rounds` rounds for each of them.
 
-    monitored: columns of w that the gates look at; generators: one a lens. With a checkpoint, what an earlier process
-    left is gone on from: its draws are those of a process that was never stopped.
+    monitored: columns of w that the gates look at; generators: one a lens; draws_factor: how many times as many draws
+    a round makes. With a checkpoint, what an earlier process left is gone on from: its draws are those of a process
+    that was never stopped.
     """
     saved = checkpoint.load(found.w.device) if checkpoint else {}
     kept = unpacked(saved)
@@ -103,17 +105,17 @@ def sample(
         if not rows:
             break
         before = [kept[row] for row in rows if row in kept]
-        run = begun(straight, start, settings, [generators[row] for row in rows], rows, before, number)
-        if saved:
-            run.restore({name.removeprefix("run."): t for name, t in saved.items() if name.startswith("run.")})
+        longer = settings.model_copy(update={"draws": settings.draws * draws_factor})
+        run = begun(straight, start, longer, [generators[row] for row in rows], rows, before, number)
+        if state := {name.removeprefix("run."): t for name, t in saved.items() if name.startswith("run.")}:
+            run.restore(state)
         log.info("round %d of chains, for %d of %d lenses", number + 1, len(rows), len(generators))
         saved, last = {}, time.monotonic()
         while not run.finished:
             run.advance()
             if checkpoint and time.monotonic() - last > CHECKPOINT_SECONDS:
                 state = {f"run.{name}": tensor for name, tensor in run.state().items()}
-                search = {f"map.{field.name}": getattr(found, field.name) for field in fields(found)}
-                checkpoint.save(packed(kept) | search | state | {"round": torch.tensor(number)})
+                checkpoint.save(packed(kept) | as_tensors(found) | state | {"round": torch.tensor(number)})
                 log.info("round %d: %d of %d draws", number + 1, run.iteration, run.warmup + run.draws)
                 last = time.monotonic()
         draws = run.result()

@@ -28,12 +28,13 @@ from dask.utils import parse_bytes
 from distributed.comm import CommClosedError
 from distributed.security import Security
 
-from lenspipe.config import Cluster
+from lenspipe.config import Cluster, expand_path
 from lenspipe.errors import ClusterError
 
 log = logging.getLogger("lenspipe")
 
 IN_FLIGHT = 256  # tasks that the scheduler has at a time, or four for each worker where that is more
+SCHEDULER_SECONDS = 60.0  # that the file of a scheduler which has just been started may take to appear
 
 
 class Batch(Protocol):
@@ -73,10 +74,21 @@ def run(
     attempts = [Attempt(task, f"{number:04d}") for number, task in enumerate(tasks)]
     if where.kind == "local" and workers == 1 and len(gpus()) < 2:
         for attempt in attempts:
-            yield attempt.task, logged(attempt, work, logs), ""
+            yield attempt.task, _repeated(attempt, work, logs, where.retries), ""
     elif attempts:
         with connected(where, min(workers, len(attempts))) as client:
             yield from _fan_out(client, attempts, work, where, split, max(IN_FLIGHT, 4 * workers), logs)
+
+
+def _repeated(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | None, retries: int) -> Result:
+    """The result, by this process; repeated where a file could not be read."""
+    for left in reversed(range(retries + 1)):
+        try:
+            return logged(attempt, work, logs)
+        except OSError:
+            if not left:
+                raise
+    raise AssertionError
 
 
 def _fan_out(
@@ -253,8 +265,16 @@ def worker_memory(where: Cluster, workers: int) -> float:
 
     if gpus():
         return memory.free_memory()
-    given = os.environ.get("SLURM_MEM_PER_NODE")  # in MiB
-    return min(memory.free_memory(), int(given) * 2**20 if given else math.inf) / workers
+    return min(memory.free_memory(), memory_of_job()) / workers
+
+
+def memory_of_job() -> float:
+    """Bytes that the SLURM job of this process has been given, by the job or by the processor; inf where none is."""
+    if given := os.environ.get("SLURM_MEM_PER_NODE"):  # MiB
+        return int(given) * 2**20
+    if given := os.environ.get("SLURM_MEM_PER_CPU"):
+        return int(given) * 2**20 * processors()
+    return math.inf
 
 
 @contextmanager
@@ -292,8 +312,14 @@ def slurm_jobs() -> ModuleType:
 def _client_of(where: Cluster) -> Client:
     """A client of a scheduler that runs already, by its address or by the file that it wrote."""
     assert where.address is not None  # the settings see to it
+    file = None if "://" in where.address else expand_path(where.address)
+    given_up = time.monotonic() + SCHEDULER_SECONDS
+    while file and not file.is_file():
+        if time.monotonic() > given_up:  # Dask would wait for ever
+            raise ClusterError(f"cluster.address: {file}: no such file of a scheduler; start `dask scheduler` with it")
+        time.sleep(0.1)
     try:
-        client = Client(where.address) if "://" in where.address else Client(scheduler_file=where.address)
+        client = Client(scheduler_file=str(file)) if file else Client(where.address)
     except OSError as error:
         raise ClusterError(
             f"cluster.address: no Dask scheduler answers at {where.address} ({error}); start one with `dask scheduler`"

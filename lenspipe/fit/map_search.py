@@ -73,6 +73,11 @@ class MapFit:
         )
 
 
+def as_tensors(found: MapFit) -> dict[str, Tensor]:
+    """What a search found as named tensors, for a checkpoint."""
+    return {f"map.{field.name}": getattr(found, field.name) for field in fields(found)}
+
+
 def restored(tensors: dict[str, Tensor]) -> MapFit | None:
     """What a search found, from the checkpoint that `chains` left it in; None where it is not there."""
     names = [field.name for field in fields(MapFit)]

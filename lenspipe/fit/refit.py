@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from lenspipe.catalogue.stage import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError
 from lenspipe.fit import resume
 from lenspipe.fit.stage import fit_shard
-from lenspipe.results import AS_WRITTEN, Results
+from lenspipe.results import Results, read_summary
 
 
 def refit_lenses(
@@ -46,14 +44,11 @@ def refit_lenses(
 
 def chosen_where(paths: Results, where: str) -> list[str]:
     """Names of the lenses whose row of the summary meets a condition in pandas' language."""
-    if not paths.summary.is_file():
-        raise InputError(f"{paths.summary}: no summary here to choose from; run the stage summary first")
-    table = pd.read_csv(paths.summary, dtype={"name": str, "status": str, "flags": str, "reason": str}, **AS_WRITTEN)
-    table = table.fillna({"flags": "", "reason": ""})
+    table = read_summary(paths.summary)
     try:
         return table.query(where)["name"].tolist()
     except Exception as error:  # whatever pandas raises for what it cannot read
         raise InputError(
-            f"--where {where!r}: {error}; a condition is like \"ess_bulk_min < 400 and status == 'flagged'\", its "
+            f"--where {where!r}: {error}; a condition is like \"r_hat_max > 1.05 and status == 'flagged'\", its "
             f"columns are those of {paths.summary}"
         ) from None

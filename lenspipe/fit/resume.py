@@ -75,15 +75,23 @@ def stores(fit: Path) -> list[Path]:
     return sorted(fit.glob("shard-*.zarr"))
 
 
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError)  # what reading the index of a broken store raises
+
+
 def index_of_store(store: Path) -> dict[str, Place]:
     """Where the lenses of a store lie, by hash; nothing where it cannot be read."""
-    found: dict[str, Place] = {}
     try:
-        for bucket, group in zarr.open_group(store, mode="r").groups():
-            names, hashes = (np.asarray(group[key]).tolist() for key in ("name", "hash"))
-            found |= {h: Place(store, row, n, bucket) for row, (n, h) in enumerate(zip(names, hashes, strict=True))}
-    except (OSError, ValueError, KeyError, RuntimeError):
-        return found
+        return read_index(store)
+    except UNREADABLE:
+        return {}
+
+
+def read_index(store: Path) -> dict[str, Place]:
+    """The same; raises one of `UNREADABLE` where it cannot be read."""
+    found: dict[str, Place] = {}
+    for bucket, group in zarr.open_group(store, mode="r").groups():
+        names, hashes = (np.asarray(group[key]).tolist() for key in ("name", "hash"))
+        found |= {h: Place(store, row, n, bucket) for row, (n, h) in enumerate(zip(names, hashes, strict=True))}
     return found
 
 

@@ -60,7 +60,14 @@ def site_settings(where: Cluster) -> dict[str, Any]:
     if not isinstance(queues, dict) or not isinstance(queues.get("slurm"), dict):
         raise ConfigError(f"cluster.site: {path}: expected the section jobqueue.slurm, found {str(site)[:80]}")
     settings = {key: dask.config.merge(dask.config.get(key, {}), value) for key, value in site.items()}
-    memory = settings["jobqueue"]["slurm"].get("memory")
+    job = settings["jobqueue"]["slurm"]
+    memory, cores, processes = (job.get(key) for key in ("memory", "cores", "processes"))
+    job["processes"] = processes or cores
+    if processes and cores != processes:
+        raise ConfigError(
+            f"cluster.site: {path}: jobqueue.slurm has {cores} cores for {processes} processes; each process fits one "
+            "batch at a time on one core, so give both the same number"
+        )
     try:
         parse_bytes(memory)
     except (ValueError, AttributeError):

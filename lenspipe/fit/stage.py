@@ -170,7 +170,7 @@ def _write_shard(
     """Write the store of a shard from results that lie at `places`; one that would stay the same is left alone.
 
     failed: hash and reason of the lenses that would fail again; not those whose workers died or had too little memory.
-    Returns when it was written.
+    Returns when it was written. To be called by one process at a time.
     """
     store = paths.store(shard)
     used = {name: getattr(config, name) for name in ("lens", "priors", "fit")}
@@ -180,6 +180,8 @@ def _write_shard(
         before = artefact.read_record(store)["facts"]
         if before == facts | {"written": before.get("written")}:
             return str(before["written"])
+    for left in store.parent.glob(artefact.partial(store, "*").name):  # by a process that was killed in this
+        shutil.rmtree(left, ignore_errors=True)
     written = datetime.now(UTC).isoformat()
     record = artefact.provenance("fit", used, files, config.seed, **facts, written=written)
     with artefact.written_whole(store) as whole:
@@ -208,14 +210,18 @@ def _remove_shards_beyond(config: Config, paths: Results, lenses: int, hashes: C
         return int(path.stem.split("-")[1]) >= shards
 
     for manifest in filter(beyond, paths.fit.glob("shard-*.csv")):
-        manifest.unlink()
+        manifest.unlink(missing_ok=True)  # another shard may be at this too
     stores = resume.stores(paths.fit)
     if not any(map(beyond, stores)):
         return
     taken = {h for store in stores if not beyond(store) for h in resume.index_of_store(store)}
     for store in filter(beyond, stores):
-        if not (resume.index_of_store(store).keys() & set(hashes)) - taken:
-            shutil.rmtree(store)
+        try:
+            left = (resume.read_index(store).keys() & set(hashes)) - taken
+        except resume.UNREADABLE:  # now, but perhaps not for ever
+            continue
+        if not left:
+            shutil.rmtree(store, ignore_errors=True)
 
 
 def largest_batch(config: Config, bucket: str, memory: float) -> int:

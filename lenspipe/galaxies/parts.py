@@ -7,12 +7,8 @@ of other settings or of another version of its image file is never read.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,13 +17,13 @@ from numpy.typing import NDArray
 
 from lenspipe.artefact import git_commit, versions, written_whole
 from lenspipe.config import Galaxies
-from lenspipe.errors import LenspipeError
 from lenspipe.galaxies.archive import BROKEN, StampArchive
 from lenspipe.galaxies.catalogue import GalaxyStamp, ImageFile
 from lenspipe.galaxies.neighbours import without_neighbours
 from lenspipe.galaxies.psf import psf_fwhms
 from lenspipe.galaxies.selection import Tally, square
 from lenspipe.galaxies.stamps import centred, downscale, feather, noise_factor, normalised
+from lenspipe.processes import side_by_side
 
 Images = ImageFile | StampArchive
 AFTERWARDS = {"inputs", "validation_fraction", "test_fraction"}  # settings that no part depends on
@@ -84,18 +80,9 @@ def make_parts(units: list[Unit], workers: int) -> Iterator[Unit]:
     if workers == 1 or len(units) < 2:
         yield from map(make_part, units)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(units)), context, initializer=_end_with_parent) as pool:
-        try:
-            for done in as_completed([pool.submit(make_part, unit) for unit in units]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise LenspipeError(
-                "galaxies: a worker was killed, most often for want of memory; start again with fewer workers: "
-                "the image files that are done are kept"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with side_by_side(min(workers, len(units)), "galaxies") as pool:
+        for done in as_completed([pool.submit(make_part, unit) for unit in units]):
+            yield done.result()
 
 
 def make_part(unit: Unit) -> Unit:
@@ -158,15 +145,3 @@ def _state(path: Path) -> tuple[str, int, int] | None:
         return None
     found = path.stat()
     return str(path), found.st_size, found.st_mtime_ns
-
-
-def _end_with_parent() -> None:
-    """Let this worker end when the process that started it is killed, instead of waiting for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -111,13 +111,6 @@ class Light:
             total = total + PROFILES[profile](x, y, **self._own(component, profile, parameters))
         return total
 
-    def columns(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Each amplitude in turn 1, all others 0, for `linear_amplitudes`: x, y [lens, ...] to [lens, k, ...]."""
-        parts = []
-        for component, profile in self.profiles.items():
-            parts += unit_columns(profile, x, y, self._own(component, profile, parameters))
-        return torch.stack(parts, dim=1)
-
     def slopes(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor], names: Collection[str]) -> Tensor:
         """Derivatives of `brightness` with respect to parameters: x, y [lens, ...] to [lens, name, ...]."""
         found: dict[str, Tensor] = {}
@@ -162,16 +155,3 @@ def slopes(profile: str, x: Tensor, y: Tensor, own: Mapping[str, Tensor], names:
 
         found[name] = torch.func.jvp(of_one, (own[name],), (torch.ones_like(own[name]),))[1]
     return {name: found[name] for name in names}
-
-
-def linear_amplitudes(columns: Tensor, data: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Amplitudes [lens, k] of images that add linearly, by weighted least squares, and their covariance [lens, k, k].
-
-    columns: [lens, k, ny, nx], each of amplitude 1 and as observed, blurred by the PSF; data, weight = 1 / noise or 0:
-    [lens, ny, nx]. Sums are in float64. Raises torch.linalg.LinAlgError where the columns are not independent.
-    """
-    design = (columns * weight[:, None]).flatten(2).double()
-    normal = design @ design.transpose(1, 2)
-    right = design @ (data * weight).flatten(1).double()[..., None]
-    root = torch.linalg.cholesky(normal)
-    return torch.cholesky_solve(right, root)[..., 0], torch.cholesky_inverse(root)

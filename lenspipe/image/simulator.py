@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lenspipe.image.light import Light, linear_amplitudes
+from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution
 from lenspipe.image.source_plane import light_centre, sample
 from lenspipe.image.window import SOURCE_EDGE, Window, block_middles, block_side, spread_bound
@@ -280,18 +280,6 @@ class Simulator:
         light = self.lens_light(p)
         image = self.observe((rays if light is None else rays + light)[:, None])[:, 0]
         return image + p["background"][:, None, None] if "background" in p else image
-
-    def fitted_amplitudes(self, p: Parameters, image: Tensor, data: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Amplitudes [lens, k] of the lens galaxy's light that fit best, given all else, and their covariance.
-
-        image: the prediction without lens light; data, weight = 1 / noise or 0: [lens, ny, nx]. Raises ValueError
-        where the optics has no light, torch.linalg.LinAlgError where components are alike.
-        """
-        if self.optics.light is None:
-            raise ValueError("the optics has no light of the lens galaxy")
-        column = {name: value[:, None, None] for name, value in p.items()}
-        columns = self.light_unit[:, None, None, None] * self.optics.light.columns(self.x, self.y, column)
-        return linear_amplitudes(self.observe(columns), data - image, weight)
 
     def brightness_gradient(self, points: Vector, brightness: Brightness) -> tuple[Tensor, Tensor, Tensor]:
         """Rays I(u, v) of one source a lens and their derivatives dI/du and dI/dv: three [lens, ny s, nx s].

@@ -41,7 +41,7 @@ STATISTICS = ("log_density", "acceptance", "diverging", "energy")
 def interchangeable(name: str) -> bool:
     """Whether others can stand in for a parameter, so that chains need not agree on it.
 
-    Size and flux of the source can be taken on by its unknowns, the amplitude of a Gaussian of an `mge` by its
+    Place, size and flux of the source can be taken on by its unknowns, the amplitude of a Gaussian of an `mge` by its
     neighbours.
     """
     return name in SOURCE_PARAMETERS or re.search(r"_amplitude\d+$", name) is not None

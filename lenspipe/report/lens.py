@@ -11,14 +11,12 @@ from typing import Any
 import arviz_stats
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from astropy.io import fits
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.progress import track
 
-from lenspipe.image.source_plane import light_centre
 from lenspipe.posteriors.reading import posterior
 from lenspipe.posteriors.store import PARAMETERS, parameter_names
 from lenspipe.report import figures
@@ -176,10 +174,10 @@ def source_figure(tree: xr.DataTree, row: dict[str, Any], true_source: Path) -> 
     if row["origin"] != "mock" or not true_source.is_file():
         return figures.source_plane(mean, spread, here, at_map, here, "source (MAP)", caustic)
     with fits.open(true_source, memmap=False) as file:
-        truth, scale = np.asarray(file[0].data, dtype=float), float(file[0].header["PIXSCALE"])
+        truth = np.asarray(file[0].data, dtype=float)
+        scale, u, v = (float(file[0].header[key]) for key in ("PIXSCALE", "CENTRE_U", "CENTRE_V"))
     width = scale * len(truth)
-    u, v = light_centre(torch.from_numpy(truth)[None])
-    there = source_extent(row["true_source_x"] - width * float(u), row["true_source_y"] - width * float(v), width)
+    there = source_extent(row["true_source_x"] - width * u, row["true_source_y"] - width * v, width)
     return figures.source_plane(mean, spread, here, truth, there, "true source (mock)", caustic)
 
 

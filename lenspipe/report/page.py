@@ -16,14 +16,14 @@ from lenspipe import artefact
 from lenspipe.config import Report
 from lenspipe.galaxies.dataset import evenly, open_galaxies
 from lenspipe.galaxies.ingest import SPLITS
+from lenspipe.posteriors.shards import manifests
 from lenspipe.report import figures
 from lenspipe.report.lens import lens_sections
 from lenspipe.report.recovery import fitted_with_truth, pulls_table, recovery_figure
 from lenspipe.report.run import run_section
 from lenspipe.report.source import source_section
 from lenspipe.report.table import Table, number, within_error
-from lenspipe.results import Results
-from lenspipe.summary import read_summary
+from lenspipe.results import Results, read_summary
 
 SURVEY = "survey"  # what the embedded synthetic survey is called in the galaxies' column `input`
 STATES = ("failed", "flagged", "ok")
@@ -85,8 +85,8 @@ def write_report(settings: Report, paths: Results) -> None:
         "drawn": list(lens_sections(lenses, settings.lenses, paths)),
         "run": run_section(paths),
     }
-    inputs = [paths.summary, paths.catalogue, paths.fit, paths.galaxies, paths.source_prior, paths.validation]
-    inputs += [paths.deflection_table]
+    inputs = [paths.summary, paths.catalogue.with_name("lenses.csv"), *manifests(paths.fit)]  # no images and draws
+    inputs += [paths.galaxies, paths.source_prior, paths.validation, paths.deflection_table]
     record = artefact.provenance(
         "report", {"report": settings}, [path for path in inputs if path.exists()], lenses=len(lenses)
     )

@@ -25,7 +25,7 @@ from lenspipe.config import Validation
 from lenspipe.galaxies.dataset import evenly, galaxy_images, noise_of, open_galaxies
 from lenspipe.galaxies.denoise import denoised
 from lenspipe.seeds import seed_for
-from lenspipe.source.base import Source, pixel_axis
+from lenspipe.source.base import IMAGE_SIZE, FunctionSource, Source, pixel_axis
 from lenspipe.source.latent import FlowLatent, GaussianLatent, divergence, draw, encoded, gaussian_latent
 from lenspipe.source.learned import LearnedSource
 from lenspipe.source.prior import read_source_prior
@@ -46,6 +46,8 @@ def write_validation(settings: Validation, vae: Path, source: Path, galaxies: Pa
     `vae`: the autoencoder, which only a learned source has.
     """
     prior = read_source_prior(source)
+    if isinstance(prior, FunctionSource):
+        prior.pixels = IMAGE_SIZE  # galaxies have no others
     sample = Sample.read(galaxies, settings.galaxies)
     encoder = read_vae(vae)[0] if isinstance(prior, LearnedSource) else None
     generator = torch.Generator().manual_seed(seed_for(seed, "validation"))

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 import xarray as xr
 import yaml
 
@@ -29,10 +30,12 @@ from lenspipe import open_posteriors
 from lenspipe.catalogue.stage import write_catalogue
 from lenspipe.config import Config, load_config
 from lenspipe.deflection_table import write_deflection_table
+from lenspipe.errors import LenspipeError
 from lenspipe.mocks import write_mocks
 from lenspipe.posteriors.shards import read_manifests
 from lenspipe.results import Results
 from lenspipe.source.stage import write_source
+from lenspipe.tensors import write_tensors
 from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.cluster
@@ -187,6 +190,13 @@ def test_the_disk_is_full(small_disk: Path, paths: Results, undisturbed: xr.Data
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     ended(fitting(paths))
     xr.testing.assert_identical(stored(paths), undisturbed)
+
+
+def test_the_disk_is_full_of_a_checkpoint(small_disk: Path) -> None:
+    """Safetensors' own way to files raises no OSError."""
+    with pytest.raises(LenspipeError, match="no space left to write it; make space and run again"):
+        write_tensors(small_disk / "whole.safetensors", {"w": torch.ones(100_000)}, {})
+    assert not list(small_disk.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:File may have been truncated")

@@ -213,22 +213,6 @@ def test_whole_image_against_caustics() -> None:
     assert np.abs(ours - reference)[inner].max() < 1e-4 * reference.max()
 
 
-def test_lens_light_is_found_again() -> None:
-    """Amplitudes of a lens galaxy's two components from the image, the rest given."""
-    optics = Optics(light=Light({"bulge": "sersic", "core": "gaussian"}))
-    kernel = torch.from_numpy(gaussian_kernel(1.1, 5))[None]
-    simulator = Simulator(optics, kernel, torch.tensor([SCALE], dtype=torch.float64), (PIXELS, PIXELS))
-    core = dict(amplitude=2.5, sd=0.2, q=0.9, phi=0.0, center_x=0.0, center_y=0.0)
-    p = real(MASS | dict(gamma1=0.04, gamma2=-0.02)) | real(BULGE, "bulge_") | real(core, "core_")
-    dark = p | {"bulge_amplitude": torch.zeros(1).double(), "core_amplitude": torch.zeros(1).double()}
-    source = partial(light.sersic, **{name: value[:, None, None] for name, value in real(GALAXY).items()})
-    data = simulator.image(p, source)
-    found, _ = simulator.fitted_amplitudes(dark, simulator.image(dark, source), data, torch.ones_like(data))
-    torch.testing.assert_close(found, torch.tensor([[0.8, 2.5]], dtype=torch.float64))
-    with pytest.raises(ValueError, match="has no light"):
-        Simulator(Optics(), kernel, torch.ones(1).double(), (8, 8)).fitted_amplitudes(p, data, data, data)
-
-
 def test_noise_of_background_and_photons() -> None:
     image = np.array([[0.0, 4.0, -1.0]])
     np.testing.assert_allclose(noise_map(image, 0.3, None), 0.3)

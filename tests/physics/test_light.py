@@ -62,22 +62,6 @@ def test_gradients_at_the_centre_are_finite() -> None:
     assert all(bool(torch.isfinite(g).all()) for g in torch.autograd.grad(brightness.sum(), (x, y)))
 
 
-def test_amplitudes_of_a_mixture() -> None:
-    """Three Gaussians with noise: within five standard errors of the covariance; masked pixels do not count."""
-    axis = torch.linspace(-2, 2, 40, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    columns = torch.stack([light.gaussian(x, y, *real(1.0, sd, 0.8, 0.3, 0.1, 0.0)) for sd in (0.2, 0.5, 1.1)])[None]
-    truth = torch.tensor([[3.0, 1.0, 5.0]], dtype=torch.float64)
-    noise = 0.05 * torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    data = torch.einsum("lk,lkyx->lyx", truth, columns) + noise
-    weight = torch.full_like(data, 1 / 0.05)
-    data[0, :3], weight[0, :3] = 1e6, 0.0
-    found, covariance = light.linear_amplitudes(columns, data, weight)
-    assert bool(((found - truth).abs() < 5 * covariance.diagonal(dim1=1, dim2=2).sqrt()).all())
-    with pytest.raises(torch.linalg.LinAlgError):
-        light.linear_amplitudes(columns[:, [0, 0]], data, weight)
-
-
 def test_a_multi_gaussian_expansion_is_its_gaussians(points: tuple[Tensor, Tensor]) -> None:
     """Six Gaussians of one shape with widths in even ratios, linear in the amplitudes."""
     shape = dict(zip(("q", "phi", "center_x", "center_y"), real(0.7, 0.4, 0.1, -0.2), strict=True))
@@ -87,10 +71,6 @@ def test_a_multi_gaussian_expansion_is_its_gaussians(points: tuple[Tensor, Tenso
     sds = torch.from_numpy(np.geomspace(0.05, 2.0, 6))
     each = [light.gaussian(*points, a, sd, **shape) for a, sd in zip(amplitudes.values(), sds, strict=True)]
     torch.testing.assert_close(ours, torch.stack(each).sum(0), rtol=1e-12, atol=1e-12)
-    own = {f"bulge_{name}": value for name, value in (shape | amplitudes | {"sd_min": low, "sd_max": high}).items()}
-    columns = light.Light({"bulge": "mge"}).columns(points[0][None], points[1][None], own)
-    assert columns.shape == (1, 6, 300)
-    torch.testing.assert_close(torch.einsum("k,lkn->ln", torch.stack([*amplitudes.values()]), columns)[0], ours)
 
 
 @pytest.mark.parametrize("q", [0.6, 1.0])

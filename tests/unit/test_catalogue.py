@@ -283,6 +283,16 @@ def test_pixels_that_are_no_measurement(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("huge", [np.inf, 1e9, 1e8])
+def test_a_noise_map_may_mask_most_of_an_image(folder: Path, huge: float) -> None:
+    """By a noise that is not finite or huge: what is left is measured by its own median."""
+    noise = np.full((20, 24), huge)
+    noise[5:14, 6:16] = 0.1
+    write(folder / "noise.fits", noise)
+    lens = read_lens(LensFiles(*(folder / f"{kind}.fits" for kind in ("image", "psf", "noise")), pixel_scale=0.05))
+    np.testing.assert_array_equal(lens.usable, noise == 0.1)
+
+
 def test_a_psf_without_a_peak_is_told_of(folder: Path) -> None:
     files = LensFiles(*(folder / f"{kind}.fits" for kind in ("image", "psf", "noise")), pixel_scale=0.05)
     assert read_lens(files).notes == ()

@@ -95,15 +95,16 @@ def test_a_batch_whose_worker_died_is_tried_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ab", "cd", "ef"]  # not halved
 
 
-def test_files_that_cannot_be_read_for_a_while(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_that_cannot_be_read_for_a_while(workers: int, tmp_path: Path) -> None:
     """As on network file systems: tried again, but not for ever."""
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()
     twice = partial(stumbles, traces=tmp_path / "few", times=2)
-    assert outcome(batches("ab", "c"), twice, Cluster(retries=2)) == dict.fromkeys("abc", "fitted")
+    assert outcome(batches("ab", "c"), twice, Cluster(retries=2), workers) == dict.fromkeys("abc", "fitted")
     thrice = partial(stumbles, traces=tmp_path / "many", times=3)
     with pytest.raises(OSError, match="Stale file handle"):
-        outcome(batches("ab", "c"), thrice, Cluster(retries=2))
+        outcome(batches("ab", "c"), thrice, Cluster(retries=2), workers)
 
 
 def test_an_error_of_the_run_is_no_fault_of_the_lenses(tmp_path: Path) -> None:
@@ -163,15 +164,29 @@ def test_processors_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_of_a_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its share of the machine or of the SLURM job, all that is free on its GPU, or what its own SLURM job has."""
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    for name in ("NODE", "CPU"):
+        monkeypatch.delenv(f"SLURM_MEM_PER_{name}", raising=False)
     monkeypatch.setattr(memory, "free_memory", lambda: 64 * 2**30)
     assert cluster.worker_memory(Cluster(), 4) == 16 * 2**30
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "8192")
     assert cluster.worker_memory(Cluster(), 4) == 2 * 2**30
+    monkeypatch.delenv("SLURM_MEM_PER_NODE")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "2048")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert cluster.worker_memory(Cluster(), 4) == 2**30 / 2
     monkeypatch.setattr(cluster, "gpus", lambda: ["0", "1"])
     assert cluster.worker_memory(Cluster(), 2) == 64 * 2**30
     (tmp_path / "site.yaml").write_text("jobqueue: {slurm: {cores: 2, processes: 2, memory: 4GiB}}\n")
     assert cluster.worker_memory(Cluster(kind="slurm", site=str(tmp_path / "site.yaml")), 9) == 2 * 2**30
+    (tmp_path / "site.yaml").write_text("jobqueue: {slurm: {cores: 4, memory: 4GiB}}\n")
+    assert cluster.worker_memory(Cluster(kind="slurm", site=str(tmp_path / "site.yaml")), 9) == 2**30
+
+
+def test_a_scheduler_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SCHEDULER_SECONDS", 0.2)
+    where = Cluster(kind="address", address=str(tmp_path / "scheduler.json"))
+    with pytest.raises(ClusterError, match=r"cluster.address: \S+scheduler.json: no such file of a scheduler"):
+        cluster.side_by_side(where)
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def test_settings_survive_json() -> None:
             {"galaxies": {"signal_to_noise_mim": 3}},
             "signal_to_noise_mim: unknown key; did you mean signal_to_noise_min?",
         ),
+        ({"source": {"kind": "sersic", "residual": None}}, "residual: unknown key; residual is one of another section"),
         ({"fit": {"draws": 3}}, r"fit.draws: Input should be greater than or equal to 20 \(found 3\)"),
         (
             {"galaxies": {"signal_to_noise_min": 60}},

@@ -162,6 +162,11 @@ def test_template_has_point_estimates_and_posteriors(tmp_path: Path) -> None:
     assert found.instrument.psf.pixels.get_pixels().sum() == pytest.approx(1)
 
 
+def test_a_background_is_in_units_of_the_image(tmp_path: Path) -> None:
+    folder = exported(tmp_path, lenses(background=0.2), Lens())
+    assert json.loads((folder / "b/b.json").read_text())["meta"]["background"] == pytest.approx(0.4)
+
+
 def test_angles_stay_on_one_side_of_the_wrap() -> None:
     """Around phi = 0, which is 90 degrees East of North, the edge of COOLEST's range."""
     degrees = np.array([89.0, 88.0, 89.0, -89.0, -88.0, 90.0, 89.5])
@@ -201,7 +206,6 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
         export(Results(tmp_path), tmp_path / "coolest", ["lost"])
     with pytest.raises(InputError, match="a folder with other things in it"):
         export(Results(tmp_path), tmp_path / "fit")
-    (tmp_path / "catalogue/lenses.csv").unlink()
     (tmp_path / "catalogue/catalogue.zarr").rename(tmp_path / "catalogue/elsewhere.zarr")
     with pytest.raises(InputError, match=r"catalogue\.zarr"):
         export(Results(tmp_path), tmp_path / "coolest", ["a"])

@@ -395,6 +395,26 @@ def test_batches_go_on_as_they_were_begun(paths: Results, asked: Counter[str]) -
     assert list(paths.checkpoints.iterdir()) == [second.path]  # of which none can say whose it is; others are removed
 
 
+def test_what_a_killed_process_left_of_a_store_goes(paths: Results, asked: Counter[str]) -> None:
+    half = paths.fit / ".shard-0000.zarr.0123abcd.partial"
+    half.mkdir(parents=True)
+    run(config(), paths, (0, 1))
+    assert not half.exists()
+
+
+def test_a_store_that_cannot_be_read_now_is_not_removed(paths: Results, asked: Counter[str]) -> None:
+    """One beyond the shards of this run, whose results were not taken over yet."""
+    run(config(shard_size=2), paths, (0, 1, 2, 3))
+    record = paths.store(3) / "zarr.json"
+    whole = record.read_bytes()
+    record.write_bytes(b"")
+    run(config(), paths, (0, 1))
+    assert paths.store(3).exists()
+    record.write_bytes(whole)
+    run(config(), paths, (0, 1))
+    assert not paths.store(3).exists()
+
+
 def test_a_lens_in_two_manifests_is_named(paths: Results, asked: Counter[str]) -> None:
     """As where shards got another size and only some of them were fitted again."""
     run(config(), paths, (0, 1))

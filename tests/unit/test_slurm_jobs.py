@@ -125,6 +125,10 @@ def test_a_site_file_of_ones_own(tmp_path: Path) -> None:
             "jobqueue: {slurm: {queue: long}}",
             "jobqueue.slurm.memory: expected what a job may use, such as 4GB, found None",
         ),
+        (
+            "jobqueue: {slurm: {memory: 8GB, cores: 8, processes: 1}}",
+            "has 8 cores for 1 processes; each process fits one",
+        ),
         ("jobqueue: {slurm: {memory: much}}", "jobqueue.slurm.memory: .* found much"),
         ("jobqueue: {slurm: ", "site.yaml: not YAML"),
     ):

@@ -13,6 +13,7 @@ import pytest
 import xarray as xr
 from astropy.table import Table
 
+from lenspipe.catalogue.stage import FOUND
 from lenspipe.config import Summary
 from lenspipe.posteriors import shards, writing
 from lenspipe.posteriors.shards import Group
@@ -25,6 +26,7 @@ from lenspipe.summary import (
     find_flags,
     group_rows,
     moments,
+    on_the_sky,
     unit_of,
     unwrapped,
     write_summary,
@@ -206,6 +208,30 @@ def test_three_tables_say_the_same(results: Results) -> None:
         assert str(fits[name].unit) == unit
         assert parquet.schema.field(name).metadata[b"unit"] == unit.encode()
     assert fits["gamma_mean"].unit is fits["theta_E_r_hat"].unit is fits["name"].unit is None
+
+
+def test_a_background_that_is_fitted_stands_beside_the_one_that_was_found(tmp_path: Path) -> None:
+    """The catalogue's columns of a preparation, and those of a parameter of that name."""
+    write_catalogue(tmp_path / "catalogue", {"small": ["a"]})
+    lenses = tmp_path / "catalogue/lenses.csv"
+    found = pd.read_csv(lenses).assign(**dict.fromkeys(FOUND, 3.0))
+    found.to_csv(lenses, index=False)
+    data = posteriors(["a"], seed=1)
+    data = data.assign(background=data["theta_E"], background_map=data["theta_E_map"])
+    write_store(tmp_path / "fit/shard-0000.zarr", {"small": [data]})
+    row = all_rows(Summary(), Results(tmp_path)).iloc[0]
+    assert row["background_sd"] == pytest.approx(row["theta_E_sd"])
+    assert [row[name] for name in FOUND] == [3.0] * len(FOUND)
+
+
+@pytest.mark.parametrize("parity", [1.0, -1.0])
+def test_position_angles_are_between_minus_90_and_90(parity: float) -> None:
+    """From North towards East, where East is a quarter turn counter-clockwise from it, and where it is clockwise."""
+    north = np.radians([90.0, 90.0, 0.0, 20.0])
+    turned = np.radians([0.0, 90.0, -60.0, 30.0])
+    table = pd.DataFrame({"north": north, "parity": parity})
+    table = table.assign(**{f"phi_{key}": north + parity * turned for key in ("median", "p16", "p84")})
+    assert on_the_sky(table)["position_angle_median"].tolist() == pytest.approx([0.0, 90.0, -60.0, 30.0])
 
 
 def test_summary_in_blocks_is_that_of_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lenspipe import artefact
 from lenspipe.config import LearnedSource, PixelGridSource, Report, ResidualField, Vae, Validation
+from lenspipe.config import SersicSource as SersicSettings
 from lenspipe.errors import InputError
 from lenspipe.galaxies.dataset import noise_of
 from lenspipe.report.source import noise_table, source_section, unusual_table
@@ -66,6 +67,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
         write_source(settings, first.vae, first.galaxies, paths.source_prior, seed=1)
         write_validation(SETTINGS, first.vae, paths.source_prior, first.galaxies, paths.validation, seed=1)
     return {"learned": first, "pixels": second}
+
+
+def test_a_profile_with_large_pictures_is_held_against_galaxies(results: dict[str, Results], tmp_path: Path) -> None:
+    paths, profile = results["learned"], SersicSettings(kind="sersic", pixels=96)
+    write_source(profile, paths.vae, paths.galaxies, tmp_path / "prior.safetensors", seed=1)
+    write_validation(SETTINGS, paths.vae, tmp_path / "prior.safetensors", paths.galaxies, tmp_path / "out", seed=1)
+    assert len(pd.read_csv(tmp_path / "out/galaxies.csv")) == 5
 
 
 def test_files_of_a_learned_source(results: dict[str, Results]) -> None:

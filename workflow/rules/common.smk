@@ -7,6 +7,7 @@ from shlex import quote
 
 sys.path.insert(0, workflow.basedir)
 
+from lenspipe.catalogue.fits_images import file_of
 from lenspipe.catalogue.tables import count_shards, stamp
 from lenspipe.config import expand_path, load_config
 from lenspipe.errors import LenspipeError
@@ -18,7 +19,7 @@ try:
     shards = [f"{number:04d}" for number in range(count_shards(settings))]
     files_of_tables = stamp(settings)
     if workflow.is_main_process and not workflow.dryrun:
-        refuse_second_run(Path(workflow.overwrite_workdir or ".") / "results")
+        refuse_second_run(Path("results"))  # Snakemake is in the folder of the run by now
 except LenspipeError as error:
     raise WorkflowError(str(error))
 
@@ -54,7 +55,8 @@ def sections(*names, **parts):
 
 def present(paths):
     """Those of the files from outside that are there: a newer one reruns its stage, a missing one is the stage's to tell."""
-    return [str(path) for path in map(expand_path, paths) if path.is_file()]
+    files = [file_of(expand_path(path)) for path in paths]
+    return [str(file) for file in files if file.is_file()]
 
 
 def galaxy_inputs():

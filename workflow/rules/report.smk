@@ -5,7 +5,7 @@ rule report:
     input:
         report_inputs(),
         "results/source/source_prior.safetensors",
-        "results/deflection_table/deflection_table.safetensors",
+        table_inputs(),
         "results/summary/lenses.csv",
     output:
         "results/report/report.html",
