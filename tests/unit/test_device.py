@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.pretended_device import DEVICE, derivative_along, one_by_one, pretend
 from tests.unit.test_fit import NOISE, TABLE, lens_batch
 from tests.unit.test_sources import made
 
+Fitting = Callable[[torch.device, str], xr.Dataset]
 FIT = {
     **{"starts": 2, "scouts": 1, "survivors": 2, "scout_pixels": 12, "scout_components": 3, "explorations": 1},
     **{"temperatures": [10.0], "settling_temperatures": [1.0], "steps_per_temperature": 1, "final_steps": 2},
@@ -43,8 +45,8 @@ def test_operations_across_devices_fail() -> None:
             there.numpy()
 
 
-def test_a_fit_on_a_device_is_that_on_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Search, exploration, two rounds of chains that a kill interrupts, results; with walls and the galaxy's light."""
+def fitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Fitting:
+    """Fits of two lenses on a device, with results in a folder; walls and the light of the galaxy are in."""
     shape = {"amplitude": "HalfNormal(3)", "sd": "0.3", "q": "0.8", "phi": "0.3", "center_x": "0", "center_y": "0"}
     own = {f"bulge_{name}": text for name, text in shape.items()} | {"theta_E": "TruncatedNormal(1.2, 0.3, 0.5, 2)"}
     expressions = {name: parse_prior(str(text)) for name, text in (FIXED | own).items()}
@@ -60,7 +62,7 @@ def test_a_fit_on_a_device_is_that_on_the_processor(tmp_path: Path, monkeypatch:
     truth = blank.unfolded(0.3 * torch.randn(2, blank.size, generator=generator))
     noise = NOISE * torch.randn(lenses.image.shape, generator=generator)
     lenses = replace(lenses, image=blank.image(truth) * lenses.flux_unit[:, None, None] + noise)
-    config = Config.model_validate({"fit": FIT})
+    config = Config.model_validate({"fit": FIT | settings})
 
     def fitted(device: torch.device, folder: str) -> xr.Dataset:
         there = replace(optics, deflection=table.to(device=device))
@@ -69,6 +71,12 @@ def test_a_fit_on_a_device_is_that_on_the_processor(tmp_path: Path, monkeypatch:
         paths = Results(tmp_path / folder)
         return batch.fit_lenses(Task(config.model_dump_json(), paths, "24x24", lenses.names, ("1", "2")))
 
+    return fitted
+
+
+def test_a_fit_on_a_device_is_that_on_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search, exploration, two rounds of chains that a kill interrupts, results; with walls and the galaxy's light."""
+    fitted = fitting(tmp_path, monkeypatch)
     monkeypatch.setattr(exploration, "LENGTH", 4)
     for module in (hmc, chains):
         monkeypatch.setattr(module, "PLACES", 3)
@@ -91,9 +99,37 @@ def test_a_fit_on_a_device_is_that_on_the_processor(tmp_path: Path, monkeypatch:
             fitted(device, "there")
         assert len(list((tmp_path / "there").rglob("*.safetensors"))) == 1
         found = fitted(device, "there")
-    source.to("cpu")
     assert count == 58 + 25 - 9, "it began anew"  # the second round has 25 draws, 9 of which were made before
     assert not list((tmp_path / "there").rglob("*.safetensors"))
     xr.testing.assert_allclose(
         found.drop_vars(["seconds", "seconds_map"]), expected.drop_vars(["seconds", "seconds_map"])
     )
+
+
+def test_pyro_draws_off_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"sampler": "svi_low_rank", "svi_steps": 4, "svi_rank": 2, "explorations": 0}
+    fitted = fitting(tmp_path, monkeypatch, **chosen)
+    monkeypatch.setattr(torch.func, "jvp", derivative_along)
+    monkeypatch.setattr(torch.func, "vmap", one_by_one)
+    expected = fitted(torch.device("cpu"), "here")
+    with pretended() as device:
+        found = fitted(device, "there")
+    xr.testing.assert_allclose(found["theta_E"], expected["theta_E"])
+
+
+def test_a_search_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a process is killed before the first minute of chains is over."""
+    fitted, here = fitting(tmp_path, monkeypatch, explorations=0), torch.device("cpu")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as at_first:
+        at_first.setattr(hmc.Run, "advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(here, "killed")
+    whole = fitted(here, "whole")
+    monkeypatch.setitem(batch.SEARCHES, "gauss_newton", killed)
+    again = fitted(here, "killed")
+    seconds = ["seconds", "seconds_map"]
+    xr.testing.assert_identical(again.drop_vars(seconds), whole.drop_vars(seconds))

@@ -24,7 +24,7 @@ from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import batch, cluster, resume
 from lenspipe.fit.batch import Result, Task, batch_checkpoint
 from lenspipe.fit.parts import read_part, write_part
-from lenspipe.fit.refit import refit_lenses
+from lenspipe.fit.refit import chosen_where, refit_lenses
 from lenspipe.fit.stage import fit_shard, plan
 from lenspipe.posteriors.reading import open_posteriors
 from lenspipe.posteriors.shards import read_manifests
@@ -421,6 +421,14 @@ def test_a_lens_in_two_manifests_is_named(paths: Results, asked: Counter[str]) -
     run(config(shard_size=6), paths, (0,))
     with pytest.raises(InputError, match=r"the lens f is in shard-0000.csv and shard-0001.csv; run the stage fit"):
         read_manifests(paths.fit)
+
+
+def test_a_condition_on_texts_that_are_all_empty(tmp_path: Path) -> None:
+    paths = Results(tmp_path)
+    paths.summary.parent.mkdir()
+    pd.DataFrame({"name": ["a", "b"], "notes": ["", ""], "r_hat_max": [1.2, 1.0]}).to_csv(paths.summary, index=False)
+    assert chosen_where(paths, "notes.str.contains('sky')") == []
+    assert chosen_where(paths, "r_hat_max > 1.05") == ["a"]
 
 
 def test_a_refit_with_other_settings_is_refused(paths: Results, asked: Counter[str]) -> None:
