@@ -14,7 +14,7 @@ from lenspipe.errors import LenspipeError
 
 
 @contextmanager
-def side_by_side(workers: int, stage: str) -> Iterator[ProcessPoolExecutor]:
+def pool_of(workers: int, stage: str) -> Iterator[ProcessPoolExecutor]:
     """So many processes for a stage; raises LenspipeError where one of them is killed."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:

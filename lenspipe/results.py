@@ -13,16 +13,8 @@ from lenspipe.errors import InputError
 AS_WRITTEN: Any = {"keep_default_na": False, "na_values": [""]}  # for read_csv: a lens may be called NA
 
 
-TEXTS = (
-    "name",
-    "status",
-    "flags",
-    "reason",
-    "origin",
-    "prior_depth_of",
-    "image_unit",
-    "notes",
-)  # columns of the summary
+# columns of the summary that are text
+TEXTS = ("name", "status", "flags", "reason", "origin", "prior_depth_of", "image_unit", "notes")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lenspipe.config import Summary
 from lenspipe.posteriors.convergence import convergence_of
 from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests
 from lenspipe.posteriors.store import LENS_PARAMETERS, PARAMETERS, interchangeable, parameter_names
-from lenspipe.processes import side_by_side
+from lenspipe.processes import pool_of
 from lenspipe.results import TEXTS, Results
 
 DIAGNOSED = tuple(name for name in LENS_PARAMETERS if name not in ("q", "phi"))  # e1 and e2 have no edge and no wrap
@@ -95,7 +95,7 @@ def all_rows(settings: Summary, paths: Results, workers: int = 1) -> pd.DataFram
     if min(workers, len(blocks)) <= 1:
         rows = [block_rows(block) for block in blocks]
     else:
-        with side_by_side(min(workers, len(blocks)), "summary") as pool:
+        with pool_of(min(workers, len(blocks)), "summary") as pool:
             rows = list(pool.map(block_rows, blocks))
     fitted = pd.concat([pd.DataFrame({"name": []}, dtype=str), *rows], ignore_index=True)
     table = with_flags(known.merge(fitted, "inner", on="name", validate="one_to_one"), settings)

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import get_ident
@@ -82,13 +82,10 @@ def run(
 
 def _repeated(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | None, retries: int) -> Result:
     """The result, by this process; repeated where a file could not be read."""
-    for left in reversed(range(retries + 1)):
-        try:
+    for _ in range(retries):
+        with suppress(OSError):
             return logged(attempt, work, logs)
-        except OSError:
-            if not left:
-                raise
-    raise AssertionError
+    return logged(attempt, work, logs)
 
 
 def _fan_out(

@@ -23,7 +23,7 @@ from lenspipe.galaxies.neighbours import without_neighbours
 from lenspipe.galaxies.psf import psf_fwhms
 from lenspipe.galaxies.selection import Tally, square
 from lenspipe.galaxies.stamps import centred, downscale, feather, noise_factor, normalised
-from lenspipe.processes import side_by_side
+from lenspipe.processes import pool_of
 
 Images = ImageFile | StampArchive
 AFTERWARDS = {"inputs", "validation_fraction", "test_fraction"}  # settings that no part depends on
@@ -80,7 +80,7 @@ def make_parts(units: list[Unit], workers: int) -> Iterator[Unit]:
     if workers == 1 or len(units) < 2:
         yield from map(make_part, units)
         return
-    with side_by_side(min(workers, len(units)), "galaxies") as pool:
+    with pool_of(min(workers, len(units)), "galaxies") as pool:
         for done in as_completed([pool.submit(make_part, unit) for unit in units]):
             yield done.result()
 
