@@ -93,7 +93,7 @@ def test_python(run: Path) -> None:
 def test_settings_shown() -> None:
     """Every piece of settings is good by itself."""
     pieces = blocks("yaml")
-    assert len(pieces) == 1
+    assert len(pieces) == 2
     for piece in pieces:
         load_config(yaml.safe_load(piece))
 
