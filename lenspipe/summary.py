@@ -282,6 +282,7 @@ def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
         "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
         "no_arcs": row["arc_snr"] >= settings.arc_snr_min
         and not row.get("first_arc_snr", np.nan) < settings.first_arc_snr_min,
+        "arcs_outside": not row.get("arc_radius", np.nan) > settings.arc_radius_max * row["theta_E_median"],
         "companion": not row.get("companions", 0) > 0,
         "masked": not row.get("masked", 0) > settings.masked_max,
     }

@@ -1,7 +1,7 @@
-"""Better solutions than the search's, by annealing: hot, then cooler chains from the best one, climbs from their ends.
+"""Better solutions than the search's, by annealing: hot, then cooler chains from the best ones, climbs from their ends.
 
 The posterior of a detailed source has many local maxima. A climb ends in the nearest one, while chains leave a poor
-one; from their ends climbs reach others, with far more evidence.
+one; from their ends climbs reach others, with far more evidence. From a search's runner-up they may reach the best.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ TEMPERATURES = (4.0, 2.0)  # factors on the noise at which chains move
 LENGTH = 30  # draws of a chain at each
 QUENCHED = 1.5, 8  # factor on the noise of the first climb from their ends, and its steps
 LAST_STEPS = 200  # greatest number of steps with which the solution that is chosen in the end climbs on
+RIVAL = 150.0  # how much less evidence a solution may have that is explored too: as much may be gained [nat]
 GAIN = 5.0  # in log evidence below which an exploration of a lens is its last [nat]
 
 
@@ -40,13 +41,28 @@ def explored(model: LensModel, found: MapFit, settings: Fit, generators: list[to
 
 
 def ends(model: LensModel, found: MapFit, settings: Fit, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
-    """Ends of climbs from those of short chains: w [lens, chain, size], log posterior, evidence, Hessian, converged."""
-    lens = torch.arange(len(found.w), device=found.w.device).repeat_interleave(settings.chains)
-    w = annealed(model, found.w, settings, generators).flatten(0, 1)
-    w, _, _ = climb(model, w, *QUENCHED, lens)
-    w, value, done = climb(model, w, 1.0, settings.final_steps, lens)
-    hessian, evidence = laplace(model, w, value, lens)
-    return tuple(field.unflatten(0, (-1, settings.chains)) for field in (w, value, evidence, hessian, done))
+    """Ends of climbs from those of short chains from the solutions: of each lens, those from the first one first.
+
+    w [lens, end, size], log posterior, evidence, Hessian, converged, and the solution they come from [lens, end]. Where
+    chains begin at one solution alone, evidence is minus infinity at the other's.
+    """
+    evidence = found.basins_log_evidence
+    lens, origin = (evidence > evidence[:, :1] - RIVAL).nonzero(as_tuple=True)
+    chains = annealed(model.take(lens), found.basins_w[lens, origin], settings, [generators[i] for i in lens.tolist()])
+    own, w = lens.repeat_interleave(settings.chains), chains.flatten(0, 1)
+    w, _, _ = climb(model, w, *QUENCHED, own)
+    w, value, done = climb(model, w, 1.0, settings.final_steps, own)
+    hessian, evidence = laplace(model, w, value, own)
+
+    def of_lens(field: Tensor, missing: float) -> Tensor:
+        shape = *found.basins_log_evidence.shape, settings.chains, *field.shape[1:]
+        whole = field.new_full(shape, missing)
+        whole[lens, origin] = field.unflatten(0, (-1, settings.chains))
+        return whole.flatten(1, 2)
+
+    origins = origin.repeat_interleave(settings.chains)
+    fields = (w, torch.nan), (value, -torch.inf), (evidence, -torch.inf), (hessian, 0.0), (done, False), (origins, 0)
+    return tuple(of_lens(*field) for field in fields)
 
 
 def annealed(model: LensModel, w: Tensor, settings: Fit, generators: list[torch.Generator]) -> Tensor:
@@ -76,13 +92,20 @@ def annealed(model: LensModel, w: Tensor, settings: Fit, generators: list[torch.
 
 
 def compared(
-    model: LensModel, found: MapFit, w: Tensor, value: Tensor, evidence: Tensor, hessian: Tensor, done: Tensor
+    model: LensModel,
+    found: MapFit,
+    w: Tensor,
+    value: Tensor,
+    evidence: Tensor,
+    hessian: Tensor,
+    done: Tensor,
+    origin: Tensor,
 ) -> MapFit:
-    """What was found with new solutions [lens, chain, ...]: first the best of these where it has more evidence.
+    """What was found with new solutions [lens, end, ...]: first the best of these where it has more evidence.
 
-    The second is that with the most evidence elsewhere, new or old.
+    The second is that with the most evidence elsewhere, new or old. origin: the solution whose chains led to each.
 
-    A start that found the first solution has led to the new first one; another is in no basin where its own is no
+    A start that found the origin of the new first solution has led to it; another is in no basin where its own is no
     longer among the two.
     """
     lenses, old = torch.arange(len(w), device=w.device), found.basins_w.shape[1]
@@ -102,7 +125,7 @@ def compared(
     now = torch.full_like(ended[..., 0], -1, dtype=torch.long)  # [lens, solution], the basin each is in now
     now[lenses[~alone], second[~alone]] = 1
     now[there] = 0
-    now[:, 0] = 0  # from there the chains began
+    now[lenses, torch.where(new, origin[lenses, at], 0)] = 0  # from there the chains began
     start_basin = torch.where(found.start_basin < 0, -1, now.gather(1, found.start_basin.clamp(min=0)))
     return replace(
         found,

@@ -65,6 +65,8 @@ FLAGS = {
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
     "no_arcs": "the lensed source has less signal-to-noise than summary.arc_snr_min, or what was seen before the fit "
     "less than summary.first_arc_snr_min: there may be no arcs",
+    "arcs_outside": "the arcs that were seen before the fit are further out than summary.arc_radius_max times theta_E: "
+    "the solution may be a wrong one",
     "companion": "another object was masked in the disc that is fitted: it may deflect light too",
     "masked": "more of the disc than summary.masked_max is masked",
     "failed": "no posterior; the reason is given",

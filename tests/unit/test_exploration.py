@@ -41,12 +41,13 @@ def searched(first: float, second: float | None, starts: list[int]) -> MapFit:
     return replace(found, basins_w=at(first, second), basins_log_density=evidence, basins_log_evidence=evidence)
 
 
-def ended(*ends: tuple[float, float]) -> tuple[Tensor, ...]:
-    """Climbs that ended at places with log posteriors; sd of the named unknown 1."""
+def ended(*ends: tuple[float, float], origin: int = 0) -> tuple[Tensor, ...]:
+    """Climbs that ended at places with log posteriors, all from one solution; sd of the named unknown 1."""
     places, values = zip(*ends, strict=True)
     hessian = torch.eye(2, dtype=torch.float64).expand(1, len(ends), -1, -1)
     value = torch.tensor([values], dtype=torch.float64)
-    return at(*places), value, value, hessian, torch.tensor([[False] * len(ends)])
+    done, origins = torch.tensor([[False] * len(ends)]), torch.full((1, len(ends)), origin)
+    return at(*places), value, value, hessian, done, origins
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,14 @@ def test_solutions_are_compared_by_their_evidence(
     assert (better.basins_w[0, 1, 0], better.basins_log_evidence[0, 1]) == second
     assert better.start_basin[0].tolist() == starts
     assert bool(better.converged[0]) == (first[0] == 0.0)
+
+
+def test_the_runner_up_may_become_the_best() -> None:
+    """By chains that began there: the start that had found it has found the best, that of the old best its rival."""
+    better = exploration.compared(TWO, searched(0.0, 20.0, [0, 1, -1]), *ended((23.0, 9.0), (40.0, -9.0), origin=1))
+    assert better.basins_w[0, :, 0].tolist() == [23.0, 0.0]
+    assert better.basins_log_evidence[0].tolist() == [9.0, 0.0]
+    assert better.start_basin[0].tolist() == [1, 0, -1]
 
 
 def test_a_second_solution_stays_second() -> None:
@@ -122,6 +131,23 @@ def test_chains_lead_out_of_where_a_search_stopped(stopped: tuple[LensModel, Map
     torch.testing.assert_close(better.hessian, model.hessian(better.w))
     torch.testing.assert_close(better.w[0], found.w[0], rtol=0, atol=0.02)
     assert (better.start_basin[0] == 0).all()
+
+
+def test_chains_begin_at_both_solutions(stopped: tuple[LensModel, MapFit], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner-up is explored where it has not far less evidence; here chains stay where they begin."""
+    model, found = stopped
+    rival = found.w + 0.2
+    evidence = found.basins_log_evidence[:, :1] - torch.tensor([[1.0], [exploration.RIVAL + 1], [torch.nan]])
+    both = torch.cat([found.basins_log_evidence[:, :1], evidence], 1)
+    found = replace(found, basins_w=torch.stack([found.w, rival], 1), basins_log_evidence=both)
+    monkeypatch.setattr(exploration, "annealed", lambda _, w, settings, __: w[:, None].repeat(1, settings.chains, 1))
+    monkeypatch.setattr(exploration, "climb", lambda model, w, *_: (w, w[:, 0], torch.ones(len(w), dtype=torch.bool)))
+    w, _, evidence, hessian, done, origin = exploration.ends(model, found, SETTINGS, generators(0, 1, 2))
+    torch.testing.assert_close(w[:, :2], found.w[:, None].expand(-1, 2, -1))
+    torch.testing.assert_close(w[0, 2:], rival[:1].expand(2, -1))
+    assert origin.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert evidence.isfinite().tolist() == done.tolist() == [[True] * 4] + [[True, True, False, False]] * 2
+    torch.testing.assert_close(hessian[0, 3], model.hessian(w[:, 3])[0])
 
 
 def test_the_chosen_solution_climbs_to_the_end(stopped: tuple[LensModel, MapFit]) -> None:

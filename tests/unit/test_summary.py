@@ -56,6 +56,7 @@ GOOD = {
     "arc_snr": 60.0,
     "draws_above_map": -20.0,
     "draws": 1000,
+    "theta_E_median": 1.2,
 }
 
 
@@ -132,6 +133,9 @@ def test_diagnostics_are_those_of_the_worst_parameter_of_each_lens() -> None:
         ({"first_arc_snr": 59.0}, []),
         ({"draws_above_map": 5.0}, ["map_not_converged"]),
         ({"draws_above_map": 0.3}, []),
+        ({"arc_radius": 2.7}, ["arcs_outside"]),
+        ({"arc_radius": 2.4}, []),
+        ({"arc_radius": float("nan")}, []),
         ({"companions": 1}, ["companion"]),
         ({"companions": 0, "masked": 0.1}, []),
         ({"masked": 0.5}, ["masked"]),
@@ -146,6 +150,7 @@ def test_flags(change: dict[str, float], flags: list[str]) -> None:
 
 def test_the_report_and_the_readme_explain_every_flag() -> None:
     bad = {name: float("nan") for name in GOOD} | {"converged": False, "companions": 2, "masked": 0.9}
+    bad |= {"arc_radius": 3.0, "theta_E_median": 1.2}
     assert {*find_flags(bad, Summary()), "failed"} == FLAGS.keys()
     table = (ROOT / "README.md").read_text().split("| flag | meaning |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLAGS)

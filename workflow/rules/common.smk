@@ -18,10 +18,9 @@ try:
     settings = load_config(dict(config))
     shards = [f"{number:04d}" for number in range(count_shards(settings))]
     files_of_tables = stamp(settings)
+    # Snakemake is in the folder of the run by now
     if workflow.is_main_process and not workflow.dryrun:
-        refuse_second_run(
-            Path("results")
-        )  # Snakemake is in the folder of the run by now
+        refuse_second_run(Path("results"))
 except LenspipeError as error:
     raise WorkflowError(str(error))
 
