@@ -61,9 +61,8 @@ def export(paths: Results, to: Path, names: Sequence[str] = ()) -> int:
     chosen = [find_lens(paths.fit, name) for name in names] or list(groups(paths.fit))
     if not chosen:
         raise InputError(f"{paths.fit}: no lens of this run has a posterior; its manifests shard-*.csv say why")
-    record = artefact.provenance(
-        STAGE, {}, [paths.catalogue.with_name("lenses.csv"), *manifests(paths.fit)], lenses=_count(chosen)
-    )
+    inputs = [path for path in (paths.catalogue.with_name("lenses.csv"), *manifests(paths.fit)) if path.exists()]
+    record = artefact.provenance(STAGE, {}, inputs, lenses=_count(chosen))
     about = json.dumps({artefact.KEY: record}, indent=2).encode()
     with artefact.written_whole(to) as target:
         write = _zip if to.suffix == ".zip" else _folder

@@ -46,8 +46,8 @@ def ends(model: LensModel, found: MapFit, settings: Fit, generators: list[torch.
     w [lens, end, size], log posterior, evidence, Hessian, converged, and the solution they come from [lens, end]. Where
     chains begin at one solution alone, evidence is minus infinity at the other's.
     """
-    evidence = found.basins_log_evidence
-    lens, origin = (evidence > evidence[:, :1] - RIVAL).nonzero(as_tuple=True)
+    known = found.basins_log_evidence
+    lens, origin = (known > known[:, :1] - RIVAL).nonzero(as_tuple=True)
     chains = annealed(model.take(lens), found.basins_w[lens, origin], settings, [generators[i] for i in lens.tolist()])
     own, w = lens.repeat_interleave(settings.chains), chains.flatten(0, 1)
     w, _, _ = climb(model, w, *QUENCHED, own)
@@ -55,8 +55,7 @@ def ends(model: LensModel, found: MapFit, settings: Fit, generators: list[torch.
     hessian, evidence = laplace(model, w, value, own)
 
     def of_lens(field: Tensor, missing: float) -> Tensor:
-        shape = *found.basins_log_evidence.shape, settings.chains, *field.shape[1:]
-        whole = field.new_full(shape, missing)
+        whole = field.new_full((*known.shape, settings.chains, *field.shape[1:]), missing)
         whole[lens, origin] = field.unflatten(0, (-1, settings.chains))
         return whole.flatten(1, 2)
 

@@ -230,5 +230,6 @@ def largest_batch(config: Config, bucket: str, memory: float) -> int:
         return config.fit.batch_size
     ny, nx = (int(side) for side in re.findall(r"\d+", bucket)[:2])
     rays = ny * nx * config.lens.supersampling**2
-    held = memory / 2 / (BYTES_PER_RAY * config.fit.chains * rays)
+    chains = config.fit.chains * (2 if config.fit.explorations else 1)  # which begin at two solutions
+    held = memory / 2 / (BYTES_PER_RAY * chains * rays)
     return int(max(1, min(held, LARGEST_BATCH)))

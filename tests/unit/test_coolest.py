@@ -206,6 +206,7 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
         export(Results(tmp_path), tmp_path / "coolest", ["lost"])
     with pytest.raises(InputError, match="a folder with other things in it"):
         export(Results(tmp_path), tmp_path / "fit")
+    (tmp_path / "catalogue/lenses.csv").unlink()
     (tmp_path / "catalogue/catalogue.zarr").rename(tmp_path / "catalogue/elsewhere.zarr")
     with pytest.raises(InputError, match=r"catalogue\.zarr"):
         export(Results(tmp_path), tmp_path / "coolest", ["a"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -784,6 +784,29 @@ def never_stopped(model: tuple[LensModel, Tensor], found: map_search.MapFit) -> 
     return chains.sample(model[0], found, GATED, seeded(), COLUMNS)
 
 
+def test_longer_rounds_are_judged_by_what_is_kept_of_them(
+    model: tuple[LensModel, Tensor], found: map_search.MapFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a refit: with three times the draws, of which every third stays."""
+    judged: list[int] = []
+    made: list[int] = []
+
+    def convergence(values: list[np.ndarray]) -> tuple[list[float], ...]:
+        judged.append(values[0].shape[-1])
+        return [1.0], [99.0], [99.0]
+
+    def result(run: hmc.Run, own: Callable[[hmc.Run], hmc.Draws] = hmc.Run.result) -> hmc.Draws:
+        made.append(run.draws)
+        return own(run)
+
+    monkeypatch.setattr(chains, "convergence", convergence)
+    monkeypatch.setattr(hmc.Run, "result", result)
+    once = GATED.model_copy(update={"rounds": 1})
+    draws = chains.sample(model[0], found, once, seeded(), COLUMNS, draws_factor=3)
+    assert made == [3 * GATED.draws]
+    assert set(judged) == {GATED.draws} == {draws.w.shape[2]}
+
+
 class Killed(Exception):
     """What a test kills a run with."""
 
@@ -985,10 +1008,11 @@ def test_automatic_batches_fit_into_the_memory(tmp_path: Path, monkeypatch: pyte
     lens = stage.BYTES_PER_RAY * Config().fit.chains * 100 * 100
     monkeypatch.setattr(memory, "free_memory", lambda: 20 * lens)
 
-    def sizes(side: int, lenses: int, workers: int) -> list[int]:
+    def sizes(side: int, lenses: int, workers: int, explorations: int = 0) -> list[int]:
         names = [f"lens-{number}" for number in range(lenses)]
         table = pd.DataFrame({"name": names, "bucket": f"image{side}x{side}_psf3x3"})
-        tasks = stage.plan(Config(), Results(tmp_path), 0, table, dict.fromkeys(names, ""), workers)
+        config = Config(fit=Fit(explorations=explorations))
+        tasks = stage.plan(config, Results(tmp_path), 0, table, dict.fromkeys(names, ""), workers)
         assert [name for task in tasks for name in task.names] == names
         return [len(task.names) for task in tasks]
 
@@ -997,6 +1021,7 @@ def test_automatic_batches_fit_into_the_memory(tmp_path: Path, monkeypatch: pyte
     assert sizes(100, 7, 2) == [4, 3]
     assert sizes(1000, 3, 2) == [1, 1, 1]
     assert sizes(10, 100, 1) == [64, 36]
+    assert sizes(100, 12, 1, explorations=1) == [5, 5, 2]  # chains begin at two solutions then
 
 
 def test_gates_look_at_the_lens_parameters(model: tuple[LensModel, Tensor]) -> None:
