@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.catalogue.reading import read_catalogue
 from lenspipe.errors import InputError
 from lenspipe.results import Results, read_summary
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from astropy import cosmology
 
 from lenspipe.config import Config, Lens
 from lenspipe.deflection_table import read_deflection_table
@@ -32,6 +31,8 @@ def read_optics(config: Config, path: Path, dtype: torch.dtype, device: torch.de
 
 def line_of_sight(lens: Lens) -> LineOfSight:
     """The planes of the main lens and of all its components, those of one redshift together."""
+    from astropy import cosmology  # takes a second, and few runs have several planes
+
     if lens.redshift is None or lens.source_redshift is None:
         raise ValueError("several planes need the redshifts of the lens and of the source")
     places = {name: component.redshift or lens.redshift for name, component in lens.components.items()}

@@ -16,7 +16,7 @@ from astropy.table import Table
 from numpy.typing import NDArray
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import FOUND, read_catalogue
+from lenspipe.catalogue.reading import FOUND, read_catalogue
 from lenspipe.config import Summary
 from lenspipe.posteriors.convergence import convergence_of
 from lenspipe.posteriors.shards import Group, groups, manifests, read_manifests

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import read_batch
+from lenspipe.catalogue.reading import read_batch
 from lenspipe.config import Config, load_config
 from lenspipe.errors import in_one_line
 from lenspipe.fit import chains, derived, diagnostics, exploration, hmc, map_search, reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.catalogue.reading import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError
 from lenspipe.fit import resume

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.catalogue.reading import read_catalogue
 from lenspipe.config import Config
 from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import cluster, resume

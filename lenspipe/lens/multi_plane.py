@@ -10,13 +10,16 @@ and the source is the plane at which every B is 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from astropy.cosmology import FLRW
 from torch import Tensor
 
 from lenspipe.lens.profiles import Vector
+
+if TYPE_CHECKING:
+    from astropy.cosmology import FLRW
 
 Plane = Callable[[Tensor, Tensor], Vector]
 

@@ -17,7 +17,8 @@ from lenspipe.catalogue.entry import LensFiles
 from lenspipe.catalogue.fits_images import file_of, read_image
 from lenspipe.catalogue.observed import read_entry, read_lens
 from lenspipe.catalogue.point_images import point_images
-from lenspipe.catalogue.stage import completed, read_batch, read_catalogue, write_catalogue
+from lenspipe.catalogue.reading import read_batch, read_catalogue
+from lenspipe.catalogue.stage import completed, write_catalogue
 from lenspipe.catalogue.tables import outside_files, read_table, stamp
 from lenspipe.config import Catalogue, Config, Mocks
 from lenspipe.errors import InputError

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from lenspipe.cli import app
+from lenspipe.cli import SPINS, app
 from lenspipe.config import Config, PixelGridSource
 from lenspipe.source.stage import write_source
 from tests.conftest import ROOT
@@ -37,6 +38,15 @@ def test_a_stage_has_one_name(stage: str) -> None:
     assert lenspipe(stage, "--help").exit_code == 0
     assert f"rule {stage}:" in (ROOT / f"workflow/rules/{stage}.smk").read_text()
     assert stage in Config.model_fields
+
+
+def test_waiting_threads_sleep_soon_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert lenspipe("check-config", ROOT / "config.yaml").exit_code == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert lenspipe("check-config", ROOT / "config.yaml").exit_code == 0
+    assert os.environ["GOMP_SPINCOUNT"] == SPINS
 
 
 def test_show_says_what_a_file_is(tmp_path: Path) -> None:

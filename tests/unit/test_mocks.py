@@ -10,7 +10,8 @@ import pytest
 import torch
 from astropy.io import fits
 
-from lenspipe.catalogue.stage import read_batch, read_catalogue, write_catalogue
+from lenspipe.catalogue.reading import read_batch, read_catalogue
+from lenspipe.catalogue.stage import write_catalogue
 from lenspipe.config import Config, load_config
 from lenspipe.fit.model import LensModel
 from lenspipe.galaxies.denoise import denoised

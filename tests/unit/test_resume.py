@@ -17,7 +17,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 from lenspipe import artefact
-from lenspipe.catalogue.stage import read_catalogue
+from lenspipe.catalogue.reading import read_catalogue
 from lenspipe.cli import app
 from lenspipe.config import Config, Fit
 from lenspipe.errors import InputError, LenspipeError

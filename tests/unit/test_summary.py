@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 from astropy.table import Table
 
-from lenspipe.catalogue.stage import FOUND
+from lenspipe.catalogue.reading import FOUND
 from lenspipe.config import Summary
 from lenspipe.posteriors import shards, writing
 from lenspipe.posteriors.shards import Group
