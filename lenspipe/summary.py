@@ -11,7 +11,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xarray as xr
-from arviz_stats.base import array_stats
 from astropy.table import Table
 from numpy.typing import NDArray
 
@@ -34,6 +33,7 @@ FROM_DRAWS = (
 )
 OF_CATALOGUE = (*FOUND, "north", "parity", "image_unit", "zero_point", "z_lens", "z_source", "notes")  # what it found
 AS_STORED = (
+    "bfmi_min",
     "arc_snr",
     "chi2_per_pixel",
     "predictive_p",
@@ -54,7 +54,7 @@ AS_STORED = (
 )
 FIRST = ("name", "status", "flags", "reason", "origin", "snr")
 LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "start_log_density", "start_basin"}
-LEFT |= {"light_map", "critical_curve", "caustic"}
+LEFT |= {"energy", "light_map", "critical_curve", "caustic"}
 PICTURES = ("model_", "source_map", "source_mean", "source_sd", "source_frame")  # beginnings of names; left too
 LACKING = 0.1  # share of the draws without a value from which on a lens has no statistics of it
 ABOVE_MAP = 1.0  # how far a draw may be above the maximum that the search found, for its last steps [nat]
@@ -203,7 +203,6 @@ def group_rows(group: xr.Dataset) -> pd.DataFrame:
         columns[name] = group[name].to_numpy()
     columns |= diagnostics({n: values for n, values in draws.items() if n != "q" and not is_angle(n)})
     columns["divergences"] = group["diverging"].to_numpy().sum((1, 2))
-    columns["bfmi_min"] = least_bfmi(group["energy"].to_numpy())
     columns |= {name: group[name].to_numpy() for name in AS_STORED}
     table = pd.DataFrame(columns | {"draws": group.sizes["chain"] * group.sizes["draw"]})
     table.insert(0, "name", group["name"].to_numpy().astype(str))
@@ -239,15 +238,6 @@ def diagnostics(draws: dict[str, NDArray]) -> dict[str, NDArray]:
     r_hat, bulk, tail = (np.array(numbers) for numbers in zip(*lens, strict=True))
     each = {f"{n}_{s}": v for n, values in found.items() for s, v in zip(STATISTICS[-3:], values, strict=True)}
     return {"r_hat_max": r_hat.max(0), "ess_bulk_min": bulk.min(0), "ess_tail_min": tail.min(0)} | each
-
-
-def least_bfmi(energy: NDArray) -> NDArray:
-    """Least E-BFMI over chains [lens] of the energy at the start of every transition [lens, chain, draw].
-
-    Mean squared difference of successive energies over their variance: how far a new momentum moves the energy,
-    against how far it has to be moved (Betancourt 2016, arXiv:1604.00695).
-    """
-    return array_stats.bfmi(energy).min(-1)
 
 
 def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:

@@ -54,6 +54,7 @@ def posteriors(
     data |= {name: ("lens", np.abs(normal()) + 0.1) for name in (*DIAGNOSTICS, "seconds", "seconds_map")}
     data |= {name: ("lens", np.full(n, 4)) for name in ("pixels", "images_map", "starts", "starts_agreeing")}
     data["converged"] = ("lens", np.ones(n, bool))
+    data["bfmi_min"] = ("lens", np.ones(n))
     data["prior_depth_of"] = ("lens", np.array(["gamma"] * n))
     data["start_log_density"] = (("lens", "start"), normal(START_COUNT))
     data["start_basin"] = (("lens", "start"), np.zeros((n, START_COUNT), int))

@@ -216,6 +216,7 @@ def _dataset(model: LensModel, found: map_search.MapFit, draws: hmc.Draws) -> xr
     data["start_log_density"] = (("lens", "start"), found.start_log_density.numpy())
     data["converged"] = ("lens", found.converged.numpy())
     data["step_size"] = ("lens", draws.step_size.numpy())
+    data["bfmi_min"] = ("lens", draws.bfmi.numpy())
     data |= {f"{name}_map": ("lens", values) for name, values in derived.geometry(model, found.w).items()}
     data["arc_snr"] = ("lens", derived.lensed_signal_to_noise(model, found.w))
     data |= _critical_curves(model, found.w, draws.w)

@@ -25,7 +25,7 @@ from torch import Tensor
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
 from lenspipe.fit.following import Following
-from lenspipe.fit.hmc import PLACES, Draws, Run
+from lenspipe.fit.hmc import PLACES, Draws, Run, least_bfmi
 from lenspipe.fit.map_search import MapFit, as_tensors
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -35,7 +35,7 @@ from lenspipe.tensors import read_tensors, write_tensors
 log = logging.getLogger("lenspipe")
 
 CHECKPOINT_SECONDS = 60.0  # least time between checkpoints
-PER_DRAW = [field.name for field in fields(Draws) if field.name != "step_size"]
+PER_DRAW = [field.name for field in fields(Draws) if field.name not in ("step_size", "bfmi")]
 LOST = 15.0  # how much less evidence a chain's solution has that counts for nothing [nat]; estimates scatter by 5 to 10
 LATER_WARMUP = 4  # a later round, whose step size is nearly right, warms up for this fraction of the first's
 
@@ -234,6 +234,7 @@ def joined(old: Draws | None, new: Draws, settings: Fit, monitored: list[int]) -
     if old is None:
         return new
     both = replace(new, **{name: torch.cat([getattr(old, name), getattr(new, name)], 2) for name in PER_DRAW})
+    both = replace(both, bfmi=least_bfmi(both.energy))
     together, apart = (gauges(draws, settings, monitored)[0] for draws in (both, new))
     return new if together > settings.r_hat_max and apart < together else both
 

@@ -35,7 +35,10 @@ DIVERGENT = 1000.0  # error of the energy beyond which a trajectory has diverged
 
 @dataclass(frozen=True)
 class Draws:
-    """What the chains left behind, all [lens, chain, draw] but `w` [lens, chain, draw, size] and `step_size` [lens]."""
+    """What the chains left behind: [lens, chain, draw], `w` [lens, chain, draw, size], `step_size` and `bfmi` [lens].
+
+    bfmi: the least over chains, of all transitions; of draws that are thinned the energies say nothing any more.
+    """
 
     w: Tensor
     log_density: Tensor
@@ -43,6 +46,16 @@ class Draws:
     diverging: Tensor
     energy: Tensor
     step_size: Tensor
+    bfmi: Tensor
+
+
+def least_bfmi(energy: Tensor) -> Tensor:
+    """Least E-BFMI over chains [lens] of the energy at the start of every transition [lens, chain, draw].
+
+    Mean squared difference of successive energies over their variance: how far a new momentum moves the energy,
+    against how far it has to be moved (Betancourt 2016, arXiv:1604.00695); 2 where successive draws are independent.
+    """
+    return (energy.diff(dim=-1).square().mean(-1) / energy.var(-1, correction=0)).amin(-1)
 
 
 @dataclass
@@ -224,7 +237,7 @@ class Run:
     def result(self) -> Draws:
         """The draws kept so far."""
         columns = {name: torch.stack([draw[name] for draw in self.kept], dim=2) for name in self.kept[0]}
-        return Draws(**columns, step_size=torch.exp(self.step.averaged))
+        return Draws(**columns, step_size=torch.exp(self.step.averaged), bfmi=least_bfmi(columns["energy"]))
 
     def _look_about(self) -> None:
         """Note where the chains are, at some places with the Hessian; four times, take a metric from the last."""

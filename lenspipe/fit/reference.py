@@ -23,7 +23,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from lenspipe.config import Fit
-from lenspipe.fit.hmc import Draws
+from lenspipe.fit.hmc import Draws, least_bfmi
 from lenspipe.fit.map_search import MapFit, start_points
 from lenspipe.fit.model import LensModel
 
@@ -82,9 +82,8 @@ def pyro_mcmc(
 
     constant = collected("potential") + log_density  # of Pyro's log density
     energy = collected("energy") - constant
-    return Draws(
-        w, log_density, collected("acceptance"), collected("diverging"), energy, collected("step_size").mean(1)
-    )
+    step_size, bfmi = collected("step_size").mean(1), least_bfmi(energy)
+    return Draws(w, log_density, collected("acceptance"), collected("diverging"), energy, step_size, bfmi)
 
 
 def svi(
@@ -93,7 +92,7 @@ def svi(
     """Independent draws from a Gaussian fitted by Pyro's SVI; begun at the MAP with the widths of the Hessian there.
 
     rank: of the guide's covariance beside its diagonal; None is full rank. Step size and energy have no meaning here
-    and are NaN; every draw is accepted.
+    and are NaN, the E-BFMI is that of independent draws; every draw is accepted.
     """
     lenses = []
     for lens, generator in enumerate(generators):
@@ -107,8 +106,9 @@ def svi(
     if not bool(torch.isfinite(w).all()):
         raise ArithmeticError("variational inference diverged; a lower svi_learning_rate may help")
     density = log_densities(model, w)
-    nan = torch.full_like(density, torch.nan)
-    return Draws(w, density, torch.ones_like(density), torch.zeros_like(density, dtype=torch.bool), nan, nan[:, 0, 0])
+    nan, bfmi = torch.full_like(density, torch.nan), torch.full_like(density[:, 0, 0], 2.0)
+    accepted, diverging = torch.ones_like(density), torch.zeros_like(density, dtype=torch.bool)
+    return Draws(w, density, accepted, diverging, nan, nan[:, 0, 0], bfmi)
 
 
 @torch.no_grad()

@@ -170,12 +170,17 @@ def by_file(places: Iterable[Place]) -> dict[tuple[Path, str], list[Place]]:
 
 
 def opened(file: Path, bucket: str, places: list[Place]) -> xr.Dataset:
-    """The rows of one part, or of one group of a store, lazily. Raises InputError where a part is gone or damaged."""
+    """The rows of one part, or of one group of a store, lazily.
+
+    Raises InputError where a part is gone or damaged, which is moved out of the way of the next run.
+    """
     if bucket:
         batch = xr.open_zarr(file, group=bucket, consolidated=False)
     else:
         part = read_part(file)
         if part is None:
+            with suppress(OSError):
+                file.rename(file.with_suffix(".damaged"))
             raise InputError(f"{file}: cannot be read any more; run the stage fit again, it makes what is missing")
         batch = part
     return batch.isel(lens=[place.row for place in places])

@@ -102,7 +102,7 @@ def _excess(s: Tensor) -> Tensor:
 
 
 def _enclosed(s: Tensor) -> Tensor:
-    """g(s) = ln(s / 2) + _arc(1 - s^2), the mass within s; without cancellation at small s."""
+    """g(s) = ln(s / 2) + _arc(s), the mass within s; without cancellation at small s."""
     small = s < 0.1
     inner = torch.where(small, s, torch.full_like(s, 0.1))
     root = torch.sqrt(1 - inner**2)

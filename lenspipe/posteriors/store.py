@@ -9,8 +9,9 @@ source_column; `lenspipe.fit.diagnostics` says how the diagnostics are computed:
 | `latent`, the source's unknowns (standard normal) | lens, chain, draw, source_unknown |
 | `log_density, acceptance, diverging, energy` | lens, chain, draw |
 | `<parameter>_map, log_density_map, chi2_per_pixel, converged, step_size, seconds` | lens |
+| `bfmi_min`, the least E-BFMI over chains, of all transitions, also those whose draws are not kept | lens |
 | `einstein_radius_map` ["], of the critical curve; `images_map`, of the source's centre; `arc_snr` | lens |
-| `critical_curve, caustic` at the MAP ["], NaN where rays from the centre cross it more or less than once | ... |
+| `critical_curve, caustic` at the MAP ["], NaN where a ray from the centre does not cross it | ... |
 | `source_total_flux, source_lensed_flux` (image units), `magnification`, of draws spread evenly | lens, sample |
 | `source_half_light_radius, einstein_radius` ["], of the same draws | lens, sample |
 | `start_log_density`; `start_basin`, where a start or an exploration from it ended, 0 the best, -1 none | lens, start |

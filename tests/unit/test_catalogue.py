@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,13 @@ import torch
 import xarray as xr
 from astropy.io import fits
 
-from lenspipe.catalogue import tables
+from lenspipe.catalogue import stage, tables
 from lenspipe.catalogue.entry import LensFiles
 from lenspipe.catalogue.fits_images import file_of, read_image
 from lenspipe.catalogue.observed import read_entry, read_lens
 from lenspipe.catalogue.point_images import point_images
 from lenspipe.catalogue.reading import read_batch, read_catalogue
-from lenspipe.catalogue.stage import completed, write_catalogue
+from lenspipe.catalogue.stage import completed, data_hash, write_catalogue
 from lenspipe.catalogue.tables import outside_files, read_table, stamp
 from lenspipe.config import Catalogue, Config, Mocks
 from lenspipe.errors import InputError
@@ -99,6 +100,42 @@ def test_further_lenses_in_a_folder_are_noticed(folder: Path) -> None:
             (folder / "lenses" / name / f"{kind}.fits").touch()
         stamps.add(stamp(config))
     assert len(stamps) == 2
+
+
+def test_the_hash_of_a_lens_is_of_all_that_a_fit_sees() -> None:
+    """Each of its images and numbers changes it; name, place and what was found on the way do not."""
+    image = np.ones((4, 6))
+    lens = SimpleNamespace(
+        image=image, noise=image, usable=image > 0, psf=np.ones((3, 3)), pixel_scale=0.1, flux_unit=1.0, light_unit=1.0
+    )
+    seen = {data_hash(lens)}  # type: ignore[arg-type]
+    for name, value in vars(lens).items():
+        other = value * 2 if name in ("pixel_scale", "flux_unit", "light_unit") else np.array(value)
+        if name not in ("pixel_scale", "flux_unit", "light_unit"):
+            other[1, 2] = 0
+        seen.add(data_hash(SimpleNamespace(**vars(lens) | {name: other})))  # type: ignore[arg-type]
+    seen.add(data_hash(SimpleNamespace(**vars(lens) | {"image": np.ones((6, 4))})))  # type: ignore[arg-type]
+    assert len(seen) == 9
+    assert data_hash(SimpleNamespace(**vars(lens), name="x", notes=("y",))) in seen  # type: ignore[arg-type]
+
+
+def test_more_lenses_than_one_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are there, each with its own image, under its own name."""
+    monkeypatch.setattr(stage, "BLOCK", 2)
+    image = fits.getdata(folder / "image.fits")
+    rows = []
+    for number in range(5):
+        fits.writeto(folder / f"image{number}.fits", image + number)
+        rows.append(f"lens{number},0.05,image{number}.fits,noise.fits,psf.fits,\n")
+    (folder / "lenses.csv").write_text(HEADER + "".join(rows))
+    out = folder / "out/catalogue.zarr"
+    write_catalogue(Catalogue(mocks=False, tables=(str(folder / "lenses.csv"),)), None, out)
+    table = read_catalogue(out)
+    assert table["status"].tolist() == ["usable"] * 5
+    names = [f"lens{number}" for number in (3, 0, 4, 1, 2)]
+    batch = read_batch(out, table["bucket"][0], names, torch.float64)
+    above = (batch.image - torch.from_numpy(image.astype(float))).mean((1, 2))
+    torch.testing.assert_close(above, torch.tensor([3.0, 0, 4, 1, 2], dtype=torch.float64), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lost", ["image/c", "noise/zarr.json", ""])

@@ -459,14 +459,16 @@ def test_diagnostics_of_a_fit(model: tuple[LensModel, Tensor]) -> None:
     found = map_search.search(lens_model, settings, [torch.Generator().manual_seed(i) for i in range(3)])
     w = truth[:, None, None].expand(-1, 2, 4, -1)
     value = lens_model.log_density(truth)[:, None, None].expand(-1, 2, 4)
-    variables = diagnostics.variables(lens_model, found, hmc.Draws(w, value, value, value > 0, value, value[:, 0, 0]))
+    variables = diagnostics.variables(
+        lens_model, found, hmc.Draws(w, value, value, value > 0, value, *[value[:, 0, 0]] * 2)
+    )
     assert all(len(values) == 3 for _, values in variables.values())
     assert variables["basin_log_evidence"][1].shape == (3, 2)
     assert variables["basin_w"][1].shape == (3, 2, lens_model.size)
     assert variables["start_basin"][1].shape == (3, 3)
     assert bool((variables["starts_agreeing"][1] >= 1).all())
     chi2 = lens_model.residuals(truth).square().sum((1, 2)).numpy()
-    np.testing.assert_allclose(diagnostics.chi2_of_draws(hmc.Draws(w, *[value] * 5))[:, 0, 0], chi2, rtol=1e-9)
+    np.testing.assert_allclose(diagnostics.chi2_of_draws(hmc.Draws(w, *[value] * 6))[:, 0, 0], chi2, rtol=1e-9)
     assert (np.abs(variables["predictive_p"][1] - 0.5) < 0.4999).all()
     excess, error = (variables[name][1] for name in ("residual_excess", "residual_excess_error"))
     assert (np.abs(excess) < 4 * error).all()
@@ -762,7 +764,9 @@ def test_a_lens_that_has_converged_stays(model: tuple[LensModel, Tensor]) -> Non
 
 
 PROCESSOR = torch.device("cpu")
-GATED = Fit(chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5)
+GATED = Fit(
+    chains=2, warmup=20, draws=20, rounds=3, r_hat_max=1.0001, ess_min=1e9, path_length=0.5, max_leapfrog_steps=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -946,7 +950,7 @@ def test_a_later_round_begins_where_there_is_evidence(
 def of_one_lens(w: Tensor) -> hmc.Draws:
     """Draws [1, chain, draw, size] of which only the unknowns matter."""
     blank = torch.zeros(w.shape[:3])
-    return hmc.Draws(w, blank, blank, blank, blank, blank[:, 0, 0])
+    return hmc.Draws(w, blank, blank, blank, blank, *[blank[:, 0, 0]] * 2)
 
 
 def test_gates() -> None:

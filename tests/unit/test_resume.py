@@ -5,6 +5,7 @@ The fits are made-up posteriors that say how often each lens was asked for; plan
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from lenspipe import artefact
 from lenspipe.catalogue.reading import read_catalogue
 from lenspipe.cli import app
-from lenspipe.config import Config, Fit
+from lenspipe.config import Config, Fit, Lens, Priors
 from lenspipe.errors import InputError, LenspipeError
 from lenspipe.fit import batch, cluster, resume
 from lenspipe.fit.batch import Result, Task, batch_checkpoint
@@ -108,7 +109,7 @@ def test_a_finished_lens_is_not_fitted_again(paths: Results, asked: Counter[str]
     assert not list(paths.fit.glob("parts/*/*"))
 
 
-@pytest.mark.parametrize("what", ["settings", "source", "table", "kind of source", "data"])
+@pytest.mark.parametrize("what", ["settings", "source", "table", "kind of source", "data", "priors", "lens", "seed"])
 def test_what_decides_a_result_has_it_fitted_again(what: str, paths: Results, asked: Counter[str]) -> None:
     first = run(config(), paths, (0, 1))
     if what in ("source", "table"):
@@ -117,7 +118,13 @@ def test_what_decides_a_result_has_it_fitted_again(what: str, paths: Results, as
         made(paths.source_prior, width=2.0)
     elif what == "data":
         catalogue(paths, NAMES, changed="c")
-    run(config(draws=21 if what == "settings" else 20), paths, (0, 1))
+    other = config(draws=21 if what == "settings" else 20)
+    changes: dict[str, dict[str, object]] = {
+        "priors": {"priors": Priors(gamma="TruncatedNormal(2, 0.2, 1.4, 2.6)")},
+        "lens": {"lens": Lens(source_interpolation="bilinear")},
+        "seed": {"seed": 2},
+    }
+    run(other.model_copy(update=changes.get(what, {})), paths, (0, 1))
     assert asked == Counter(NAMES) + Counter("c" if what == "data" else NAMES)
     assert first.sizes["lens"] == len(NAMES)
 
@@ -204,6 +211,26 @@ def test_a_part_that_was_cut_short_is_fitted_again(paths: Results, asked: Counte
     assert [read_part(part) is None for part in parts] == [True, True, False]
     with pytest.raises(InputError, match="cannot be read any more"):
         resume.opened(parts[0], "", [])
+
+
+def test_a_part_with_a_flipped_bit_is_fitted_again(paths: Results, asked: Counter[str]) -> None:
+    """One that is found by its names and hashes, which are sound: the run says so and the next one is not held up."""
+    hashes = resume.lens_hashes(config(), paths, resume_catalogue(paths))
+    for name in "ab":
+        whole = posteriors([name])[SOME].assign(hash=("lens", [hashes[name]]), draws_factor=("lens", [1]))
+        part = write_part(paths.parts(0), whole)
+    with zipfile.ZipFile(part) as file:
+        at = file.getinfo("latent.npy").header_offset + 200
+    damaged = bytearray(part.read_bytes())
+    damaged[at] ^= 1
+    part.write_bytes(bytes(damaged))
+    assert read_part(part, ["name", "hash"]) is not None
+    with pytest.raises(InputError, match="run the stage fit again"):
+        run(config(), paths, (0, 1))
+    found = run(config(), paths, (0, 1))
+    assert found["lens"].to_numpy().tolist() == list(NAMES)
+    assert asked["a"] == 0
+    assert asked["b"] == 1
 
 
 def resume_catalogue(paths: Results) -> pd.DataFrame:

@@ -210,7 +210,9 @@ def test_chains_in_straight_unknowns_end_in_those_of_the_model() -> None:
     start = 0.3 * torch.randn(3, model.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     w, value, converged = map_search.climb(model, start, 1.0, 30)
     found = map_search.MapFit.of_one_start(model, w, value, converged)
-    settings = Fit(chains=2, warmup=20, draws=20, rounds=2, r_hat_max=1.0001, ess_min=1e9, path_length=1.0)
+    settings = Fit(
+        chains=2, warmup=20, draws=20, rounds=2, r_hat_max=1.0001, ess_min=1e9, path_length=1.0, max_leapfrog_steps=4
+    )
     draws = chains.sample(model, found, settings, [torch.Generator().manual_seed(row) for row in range(3)], [0])
     assert draws.w.shape == (3, 2, 20, model.size)
     flat = draws.w.flatten(1, 2)

@@ -168,7 +168,14 @@ def test_an_edited_section_reruns_what_depends_on_it(tiny_run: Path, tmp_path: P
     done = snakemake(tiny_run, "--dry-run", config=config)
     assert done.returncode == 0, done.stderr
     assert set(jobs(done.stdout + done.stderr)) - {"all"} == DOWNSTREAM[section]
-    assert ("Nothing to be done" in done.stdout + done.stderr) is not DOWNSTREAM[section]
+    assert ("Nothing to be done" in done.stdout + done.stderr) == (not DOWNSTREAM[section])
+
+
+def test_another_seed_reruns_all(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "edited.yaml").write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"seed": 2}))
+    done = snakemake(tiny_run, "--dry-run", config=tmp_path / "edited.yaml")
+    assert done.returncode == 0, done.stderr
+    assert jobs(done.stdout + done.stderr) == JOBS
 
 
 def test_goes_on_after_kill_9(tiny_run: Path, tmp_path: Path) -> None:
