@@ -92,11 +92,24 @@ class PriorMap:
         self.shared = shared(self.priors)
         self.truncated = [i for i, name in enumerate(self.free) if self.own[name].distribution == "TruncatedNormal"]
         self.is_straight = is_straight
+        turns = [math.pi / self.own[name].sd if self._turns(name) else math.inf for name in self.free]
+        self.turns = torch.tensor(turns, dtype=torch.float64)
         self.walls = [Wall(i, 1.0, 0.0) for i in self.folded]
         if is_straight:
             for i in self.truncated:
                 low, high = _bounds(self.own[self.free[i]])
                 self.walls += [Wall(i, side, -side * end) for side, end in ((1.0, low), (-1.0, high))]
+
+    def _turns(self, name: str) -> bool:
+        return name.rpartition("_")[2] == "phi" and self.own[name].distribution == "Normal"
+
+    def offset(self, offset: Tensor) -> Tensor:
+        """Differences [..., free] of unknowns, those of position angles between directions: phi + pi is phi again.
+
+        For priors that reach that far and have steps of one size: normal ones.
+        """
+        turns = self.turns.to(offset)
+        return torch.where(turns.isfinite(), offset - turns * (offset / turns).round(), offset)
 
     def __call__(self, w: Tensor) -> dict[str, Tensor]:
         return self.named(self.values(w))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -256,6 +257,16 @@ def _reported(model: LensModel, w: torch.Tensor) -> dict[str, torch.Tensor]:
     return p
 
 
+def mean_and_sd(pictures: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of two or more pictures, held one at a time (Welford 1962), in their precision."""
+    mean = squares = torch.zeros((), dtype=torch.float64)
+    for number, picture in enumerate(pictures, 1):
+        step = picture.double() - mean
+        mean = mean + step / number
+        squares = squares + step * (picture.double() - mean)
+    return mean.to(picture.dtype), (squares / (number - 1)).sqrt().to(picture.dtype)
+
+
 def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dict[str, tuple[object, np.ndarray]]:
     """Model and source at the MAP, their mean and spread over draws spread evenly, and fluxes; in image units.
 
@@ -264,19 +275,19 @@ def _pictures(model: LensModel, w_map: torch.Tensor, draws: torch.Tensor) -> dic
     image, source = ("lens", "y", "x"), ("lens", "source_row", "source_column")
     unit = model.batch.flux_unit[:, None, None]
     chosen = diagnostics.spread(draws, PICTURE_DRAWS).unbind(1)
-    models = torch.stack([model.image(w) for w in chosen])
+    model_mean, model_sd = mean_and_sd(model.image(w) for w in chosen)
     total, lensed = (torch.stack(f, 1) for f in zip(*(derived.source_fluxes(model, w) for w in chosen), strict=True))
     radius = torch.stack([derived.half_light_radius(model, w) for w in chosen], 1)
     frame = model.source_frame(w_map)
-    sources = torch.stack([model.source_plane(w, frame) for w in chosen])
+    source_mean, source_sd = mean_and_sd(model.source_plane(w, frame) for w in chosen)
     return {
         "model_map": (image, (unit * model.image(w_map)).numpy()),
         "light_map": (image, (unit * derived.lens_light(model, w_map)).numpy()),
-        "model_mean": (image, (unit * models.mean(0)).numpy()),
-        "model_sd": (image, (unit * models.std(0)).numpy()),
+        "model_mean": (image, (unit * model_mean).numpy()),
+        "model_sd": (image, (unit * model_sd).numpy()),
         "source_map": (source, (unit * model.source_plane(w_map, frame)).numpy()),
-        "source_mean": (source, (unit * sources.mean(0)).numpy()),
-        "source_sd": (source, (unit * sources.std(0)).numpy()),
+        "source_mean": (source, (unit * source_mean).numpy()),
+        "source_sd": (source, (unit * source_sd).numpy()),
         "source_frame": (("lens", "frame"), frame.numpy()),
         "source_total_flux": (("lens", "sample"), (unit[:, 0] * total).numpy()),
         "source_lensed_flux": (("lens", "sample"), (unit[:, 0] * lensed).numpy()),

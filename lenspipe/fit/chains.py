@@ -25,7 +25,7 @@ from torch import Tensor
 from lenspipe.config import Fit
 from lenspipe.errors import InputError
 from lenspipe.fit.following import Following
-from lenspipe.fit.hmc import PLACES, Draws, Run, least_bfmi
+from lenspipe.fit.hmc import PLACES, Draws, Run, bfmi_of
 from lenspipe.fit.map_search import MapFit, as_tensors
 from lenspipe.fit.model import LensModel
 from lenspipe.posteriors.convergence import convergence
@@ -234,7 +234,7 @@ def joined(old: Draws | None, new: Draws, settings: Fit, monitored: list[int]) -
     if old is None:
         return new
     both = replace(new, **{name: torch.cat([getattr(old, name), getattr(new, name)], 2) for name in PER_DRAW})
-    both = replace(both, bfmi=least_bfmi(both.energy))
+    both = replace(both, bfmi=bfmi_of(both.energy))
     together, apart = (gauges(draws, settings, monitored)[0] for draws in (both, new))
     return new if together > settings.r_hat_max and apart < together else both
 

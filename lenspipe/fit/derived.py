@@ -13,6 +13,8 @@ from lenspipe.image.simulator import Parameters, Simulator
 from lenspipe.image.source_plane import light_centre
 from lenspipe.lens import derived
 from lenspipe.lens.profiles import Vector
+from lenspipe.source.base import pixel_axis
+from lenspipe.source.view import POINTS
 
 ANGLES = 90  # directions in which a critical curve is looked for
 REACH = 4.0  # how far out, in Einstein radii
@@ -70,9 +72,9 @@ def lensed_signal_to_noise(model: LensModel, w: Tensor) -> np.ndarray:
 @torch.no_grad()
 def half_light_radius(model: LensModel, w: Tensor) -> Tensor:
     """Radius ["] [lens] about the centre of the source's light that holds half of what is positive of it."""
-    source = model.source(model.split(w)[1]).clamp(min=0)
-    n = source.shape[-1]
-    axis = (torch.arange(n, dtype=source.dtype, device=source.device) - (n - 1) / 2) / n
+    axis = pixel_axis(POINTS).to(w)
+    grid = axis.expand(len(w), POINTS, -1)
+    source = model.view(w).at(grid, grid.mT).clamp(min=0)
     u, v = light_centre(source)
     radius = torch.hypot(axis - u[:, None, None], axis[:, None] - v[:, None, None]).flatten(1)
     order = radius.argsort(1)

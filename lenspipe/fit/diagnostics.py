@@ -55,7 +55,7 @@ def variables(model: LensModel, found: MapFit, draws: Draws) -> Variables:
         "basin_log_density": (("lens", "basin"), found.basins_log_density.numpy()),
         "basin_log_evidence": (("lens", "basin"), evidence),
         "basin_w": (("lens", "basin", "unknown"), found.basins_w.numpy()),
-        "starts": ("lens", found.start_count.sum(1).numpy()),
+        "starts": ("lens", found.starts.numpy()),
         "starts_agreeing": ("lens", starts_agreeing(found.start_basin.numpy(), found.start_count.numpy())),
         "evidence_lead": ("lens", evidence_lead(evidence)),
         "log_evidence": ("lens", total_evidence(evidence)),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.config import Fit
+from lenspipe.posteriors.convergence import least_bfmi
 from lenspipe.prior_map import Wall
 
 Target = Callable[..., tuple[Tensor, Tensor]]  # of w [n, size] and, where it is not of all rows, of their numbers [n]
@@ -49,13 +50,9 @@ class Draws:
     bfmi: Tensor
 
 
-def least_bfmi(energy: Tensor) -> Tensor:
-    """Least E-BFMI over chains [lens] of the energy at the start of every transition [lens, chain, draw].
-
-    Mean squared difference of successive energies over their variance: how far a new momentum moves the energy,
-    against how far it has to be moved (Betancourt 2016, arXiv:1604.00695); 2 where successive draws are independent.
-    """
-    return (energy.diff(dim=-1).square().mean(-1) / energy.var(-1, correction=0)).amin(-1)
+def bfmi_of(energy: Tensor) -> Tensor:
+    """Least E-BFMI over chains [lens] of the energy at the start of every transition [lens, chain, draw]."""
+    return torch.from_numpy(least_bfmi(energy.cpu().numpy())).to(energy)
 
 
 @dataclass
@@ -237,7 +234,7 @@ class Run:
     def result(self) -> Draws:
         """The draws kept so far."""
         columns = {name: torch.stack([draw[name] for draw in self.kept], dim=2) for name in self.kept[0]}
-        return Draws(**columns, step_size=torch.exp(self.step.averaged), bfmi=least_bfmi(columns["energy"]))
+        return Draws(**columns, step_size=torch.exp(self.step.averaged), bfmi=bfmi_of(columns["energy"]))
 
     def _look_about(self) -> None:
         """Note where the chains are, at some places with the Hessian; four times, take a metric from the last."""

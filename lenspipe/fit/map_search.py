@@ -38,7 +38,8 @@ class MapFit:
     distinct solutions by falling evidence, which is Laplace's approximation; NaN where there are fewer.
     start_log_density: [lens, survivor], where the surviving scouts ended before the last climb; start_basin: [lens,
     survivor], the basin each ended in or where the climb or the exploration to it began, -1 for those left behind;
-    start_count: [lens, survivor], how many scouts were dropped on the way because they were like this one, and itself.
+    start_count: [lens, survivor], how many scouts were dropped on the way because they were like this one, and itself;
+    starts: [lens], how many there were at first.
     """
 
     w: Tensor
@@ -51,6 +52,7 @@ class MapFit:
     start_log_density: Tensor
     start_basin: Tensor
     start_count: Tensor
+    starts: Tensor
 
     @classmethod
     def of_one_start(cls, model: LensModel, w: Tensor, log_density: Tensor, converged: Tensor) -> MapFit:
@@ -70,6 +72,7 @@ class MapFit:
             log_density[:, None],
             start_basin,
             start_basin + 1,
+            start_basin[:, 0] + 1,
         )
 
 
@@ -101,7 +104,8 @@ def search(model: LensModel, settings: Fit, generators: list[torch.Generator]) -
     w, count = scout(levels[-1], settings, generators)
     middle = levels[min(1, len(levels) - 1)]
     w, value = settle(middle, w, settings)
-    return replace(finish(model, middle, w, value, settings), start_count=count)
+    found = finish(model, middle, w, value, settings)
+    return replace(found, start_count=count, starts=torch.full_like(found.starts, settings.starts))
 
 
 def scout(model: LensModel, settings: Fit, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -182,7 +186,7 @@ def likeness(model: LensModel, w: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     """Indices [lens, start] by falling value, and which of those so ordered are alike [lens, start, start]."""
     order = value.argsort(dim=1, descending=True, stable=True)
     named = model.split(w.gather(1, order[..., None].expand_as(w)))[0]
-    return order, (named[:, :, None] - named[:, None]).abs().amax(-1) < ALIKE
+    return order, model.priors.offset(named[:, :, None] - named[:, None]).abs().amax(-1) < ALIKE
 
 
 def dropped(
@@ -242,6 +246,7 @@ def finish(model: LensModel, settled: LensModel, w: Tensor, value: Tensor, setti
         start_log_density=value,
         start_basin=basin_of(model, w, origin_sd, ended, climbed, basins[0], spreads),
         start_count=torch.ones_like(value, dtype=torch.long),
+        starts=torch.full_like(lenses, value.shape[1]),
     )
 
 
@@ -281,7 +286,8 @@ def basin_of(
     ended at `ended` [lens, start, size]; origin_sd: [lens, start, named], where they began.
     """
     named = model.split(w)[0]
-    begun = ((named[:, :, None] - named[:, None]).double().abs() / origin_sd[:, None]).amax(-1)  # [lens, point, climb]
+    offset = model.priors.offset(named[:, :, None] - named[:, None]).double()
+    begun = (offset.abs() / origin_sd[:, None]).amax(-1)  # [lens, point, climb]
     far = []
     for i in range(basins.shape[1]):
         came = climbed & (separation(model, ended, basins[:, i], sd[:, i]) < SAME_BASIN)
@@ -298,7 +304,7 @@ def named_sd(model: LensModel, hessian: Tensor) -> Tensor:
 
 def separation(model: LensModel, w: Tensor, centre: Tensor, sd: Tensor) -> Tensor:
     """How far points [n, start, size] are from `centre` [n, size] in any named unknown, in units of `sd` [n, named]."""
-    offset = model.split(w)[0] - model.split(centre)[0][:, None]
+    offset = model.priors.offset(model.split(w)[0] - model.split(centre)[0][:, None])
     return (offset.double().abs() / sd[:, None]).amax(-1)
 
 

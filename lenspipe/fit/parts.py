@@ -31,11 +31,14 @@ def write_part(folder: Path, batch: xr.Dataset) -> Path:
 
 
 def read_part(path: Path, names: list[str] | None = None) -> xr.Dataset | None:
-    """The variables of a part, all or those named; None where it is gone, cut short or damaged."""
+    """The variables of a part, all or those named; None where it is cut short or damaged.
+
+    Raises OSError where it is gone or the file system does not give it.
+    """
     try:
         with path.open("rb") as stream, np.load(stream) as file:
             dimensions = json.loads(str(file[DIMENSIONS]))
             arrays = {name: file[name] for name in names or dimensions}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return xr.Dataset({n: (dimensions[n], a.astype(object) if a.dtype.kind == "U" else a) for n, a in arrays.items()})

@@ -23,7 +23,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from lenspipe.config import Fit
-from lenspipe.fit.hmc import Draws, least_bfmi
+from lenspipe.fit.hmc import Draws, bfmi_of
 from lenspipe.fit.map_search import MapFit, start_points
 from lenspipe.fit.model import LensModel
 
@@ -82,7 +82,7 @@ def pyro_mcmc(
 
     constant = collected("potential") + log_density  # of Pyro's log density
     energy = collected("energy") - constant
-    step_size, bfmi = collected("step_size").mean(1), least_bfmi(energy)
+    step_size, bfmi = collected("step_size").mean(1), bfmi_of(energy)
     return Draws(w, log_density, collected("acceptance"), collected("diverging"), energy, step_size, bfmi)
 
 

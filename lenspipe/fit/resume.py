@@ -30,6 +30,7 @@ from lenspipe.results import Results
 from lenspipe.tensors import hash_of_tensors
 
 HOW_IT_RUNS = ("shard_size", "batch_size")  # settings of fits that decide no result
+DAMAGED = ".damaged"  # ending of the names of parts that are
 METHODS = ("adam", "svi")  # begin the names of settings that decide none where no such method is chosen
 
 
@@ -99,7 +100,9 @@ def index_of_parts(parts: Iterable[Path]) -> dict[str, Place]:
     """Where the lenses of parts lie, by hash; what cannot be read is passed over."""
     found: dict[str, Place] = {}
     for path in parts:
-        part = read_part(path, ["name", "hash"])
+        part = None
+        with suppress(OSError):
+            part = read_part(path, ["name", "hash"])
         if part is not None:
             rows = zip(part["name"].to_numpy().tolist(), part["hash"].to_numpy().tolist(), strict=True)
             found |= {h: Place(path, row, name) for row, (name, h) in enumerate(rows)}
@@ -170,20 +173,23 @@ def by_file(places: Iterable[Place]) -> dict[tuple[Path, str], list[Place]]:
 
 
 def opened(file: Path, bucket: str, places: list[Place]) -> xr.Dataset:
-    """The rows of one part, or of one group of a store, lazily.
-
-    Raises InputError where a part is gone or damaged, which is moved out of the way of the next run.
-    """
-    if bucket:
-        batch = xr.open_zarr(file, group=bucket, consolidated=False)
-    else:
-        part = read_part(file)
-        if part is None:
-            with suppress(OSError):
-                file.rename(file.with_suffix(".damaged"))
-            raise InputError(f"{file}: cannot be read any more; run the stage fit again, it makes what is missing")
-        batch = part
+    """The rows of one part, or of one group of a store, lazily. Raises InputError where a part cannot be read."""
+    batch = xr.open_zarr(file, group=bucket, consolidated=False) if bucket else whole_part(file)
     return batch.isel(lens=[place.row for place in places])
+
+
+def whole_part(file: Path) -> xr.Dataset:
+    """A part; raises InputError where it cannot be read. One that is damaged is moved out of the next run's way."""
+    again = "run the stage fit again, it makes what is missing"
+    try:
+        part = read_part(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read any more ({error.strerror}); {again}") from error
+    if part is None:
+        with suppress(OSError):
+            file.rename(file.with_suffix(DAMAGED))
+        raise InputError(f"{file}: is damaged; {again}")
+    return part
 
 
 def gathered(places: Iterable[Place], bucket_of: Mapping[str, str]) -> dict[str, list[xr.Dataset]]:

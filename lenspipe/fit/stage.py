@@ -56,7 +56,7 @@ def fit_shard(
     resume.take_over(paths, shard, own.values() - places.keys())
     places = resume.located(paths, shard, own.values(), unreadable)
     recorded = resume.recorded_failures(store, own)
-    parts = list(paths.parts(shard).glob("*.npz"))
+    parts = [path for path in paths.parts(shard).glob("*") if path.suffix in (".npz", resume.DAMAGED)]
     todo = [name for name, h in own.items() if name in again or (h not in places and name not in recorded)]
     workers = cluster.side_by_side(config.cluster, workers) if todo else 1
     tasks = []

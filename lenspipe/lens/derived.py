@@ -27,7 +27,8 @@ ON_CURVE = 1e-7  # greatest eigenvalue at a point of a critical curve
 SOLVED = 1e-9  # greatest distance ["] in the source plane between an image, traced back, and its source
 SHIFT = 1e-5  # step of finite differences ["]
 THERE = 1e-12  # distance ["] in the source plane at which Newton's method has found an image
-BISECTIONS = 22  # of a ray, for a critical curve to a millionth of its size
+RAY_STEPS = 50  # places on a ray where it is looked for the critical curve
+BISECTIONS = 17  # between two of them, to a millionth of the curve's size
 SAME = 1e-5  # images closer than this ["] are one
 
 
@@ -151,7 +152,7 @@ def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, an
 
     deflection: of x, y [lens, n]; centre, largest: [lens], the latter beyond the curve ["]; angles: [n]. By bisection
     of the first eigenvalue, which is negative within: for curves that every ray crosses once, such as those of an
-    elliptical power law with shear. NaN where a ray has no crossing.
+    elliptical power law with shear. NaN where a ray, looked at in RAY_STEPS places, crosses none or several.
     """
     cos, sin = torch.cos(angles), torch.sin(angles)
 
@@ -159,9 +160,11 @@ def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, an
         x, y = centre[0][:, None] + radius * cos, centre[1][:, None] + radius * sin
         return _of_jacobian(*_by_differences(deflection, x, y)[2:])[0] < 0
 
-    high = largest[:, None].expand(-1, len(angles)).clone()
-    low = 0.02 * high
-    crosses = within(low) & ~within(high)
+    places = torch.linspace(0.02, 1.0, RAY_STEPS, dtype=largest.dtype) * largest[:, None]  # [lens, place]
+    inside = torch.stack([within(at[:, None].expand(-1, len(angles))) for at in places.unbind(1)])
+    crosses = inside[0] & ~inside[-1] & ((inside[1:] != inside[:-1]).sum(0) == 1)
+    last = inside.sum(0) - 1  # the last place within
+    low, high = (places.gather(1, at.clamp(0, RAY_STEPS - 1)) for at in (last, last + 1))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         inside = within(middle)

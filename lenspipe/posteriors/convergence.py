@@ -16,6 +16,16 @@ def convergence(parameters: Iterable[NDArray]) -> tuple[NDArray, NDArray, NDArra
     return np.max(r_hat, axis=0), np.min(bulk, axis=0), np.min(tail, axis=0)
 
 
+def least_bfmi(energy: NDArray) -> NDArray:
+    """Least E-BFMI over chains [lens] of the energy at the start of every transition [lens, chain, draw].
+
+    How far a new momentum moves the energy, against how far it has to be moved (Betancourt 2016, arXiv:1604.00695); 2
+    where successive draws are independent, not a number where all energies are the same.
+    """
+    with np.errstate(all="ignore"):
+        return np.asarray(array_stats.bfmi(energy)).min(-1)
+
+
 def convergence_of(values: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """R-hat and bulk and tail effective sample sizes [lens] of a parameter [lens, chain, draw].
 

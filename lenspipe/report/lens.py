@@ -82,7 +82,7 @@ def lens_section(row: dict[str, Any], paths: Results) -> dict[str, Any]:
         **{key: row[key] for key in ("name", "anchor", "status", "origin")},
         "flags": row["flags"].split(),
         "line": {name: within_error(row, name) for name in ("theta_E", "gamma")}
-        | {"chi2": number(row, "chi2_per_pixel", ".2f"), "snr": number(row, "snr", ".0f")},
+        | {"chi2": number(row, "chi2_per_pixel", ".2f"), "snr": number(row, "arc_snr", ".0f")},
         "figures": {key: figures.embedded(figure) for key, figure in panels.items() if figure is not None},
         "summary": posterior_table(draws, row, truths),
         "starts": starts_table(

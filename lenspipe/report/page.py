@@ -193,7 +193,7 @@ def result_row(row: dict[str, Any]) -> dict[str, Any]:
         number(row, "r_hat_max", ".3f"),
         number(row, "ess_bulk_min", ".0f"),
         number(row, "divergences", ".0f"),
-        number(row, "snr", ".1f"),
+        number(row, "arc_snr", ".0f"),
         number(row, "seconds", ".1f"),
     ]
     return {key: row[key] for key in ("name", "anchor", "status", "reason")} | {

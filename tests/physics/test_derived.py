@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +150,15 @@ def test_rays_that_cross_no_curve_say_so() -> None:
     largest = torch.ones(1, dtype=torch.float64)
     radii = derived.tangential_radii(weak, centre, largest, torch.zeros(1, dtype=torch.float64))
     assert bool(radii.isnan().all())
+
+
+def test_rays_that_cross_several_curves_say_so() -> None:
+    """Towards another deflector a ray leaves its curve too, or enters it; away from it there is one crossing."""
+    two = {"main_theta_E": 1.0, "main_center_x": 0.0, "main_center_y": 0.0}
+    two |= {"other_theta_E": 0.3, "other_center_x": 2.5, "other_center_y": 0.0}
+    both = deflection({"main": "sis", "other": "sis"}, two)
+    centre = (torch.zeros(1, dtype=torch.float64),) * 2
+    angles = torch.tensor([0.0, math.pi / 2, math.pi], dtype=torch.float64)
+    radii = derived.tangential_radii(both, centre, 4 * torch.ones(1, dtype=torch.float64), angles)
+    assert radii.isnan().tolist() == [[True, False, False]]
+    assert radii[0, 1:].tolist() == pytest.approx([1.0, 1.0], abs=0.1)

@@ -24,12 +24,11 @@ from lenspipe.fit.batch import monitored
 from lenspipe.fit.model import LensModel
 from lenspipe.image.psf import gaussian_kernel
 from lenspipe.image.simulator import Optics
-from lenspipe.lens.table import build_table
 from lenspipe.prior_map import PriorMap
 from lenspipe.seeds import seed_for
 from lenspipe.source.base import Source, pixel_axis
+from tests.lenses import NOISE, TABLE
 
-NOISE = 0.05
 PARAMETERS = ("theta_E", "gamma", "e1", "e2", "center_x", "center_y", "gamma1", "gamma2")
 FALSE_ALARM = 1e-3  # chance that a right engine fails, over all quantities (Bonferroni)
 MOST_FAILED = 0.1  # share of lenses that may miss a gate
@@ -106,7 +105,7 @@ def drawn(size: Size) -> tuple[LensModel, Tensor]:
     psf = torch.from_numpy(gaussian_kernel(0.12 / size.scale)).float().expand(lenses, -1, -1)
     scale, unit = torch.full((lenses,), size.scale), torch.ones(lenses)
     batch = LensBatch(names, blank, blank + NOISE, blank == 0, psf, scale, unit, unit)
-    optics = Optics(build_table(65, (16, 0.1), (10, 1.1, 2.9)).to(dtype=torch.float32))
+    optics = Optics(TABLE.to(dtype=torch.float32))
     model = LensModel(batch, PriorMap(Config().priors.expressions()), Blobs(), optics)
     generator = torch.Generator().manual_seed(12)
     truth = torch.randn(lenses, model.size, generator=generator)

@@ -19,9 +19,8 @@ from lenspipe.image.simulator import Optics
 from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
 from lenspipe.results import Results
-from tests.lenses import FIXED
+from tests.lenses import FIXED, NOISE, TABLE, lens_batch
 from tests.pretended_device import DEVICE, derivative_along, one_by_one, pretended
-from tests.unit.test_fit import NOISE, TABLE, lens_batch
 from tests.unit.test_sources import made
 
 Fitting = Callable[[torch.device, str], xr.Dataset]

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from arviz_stats.base import array_stats
 from scipy.ndimage import gaussian_filter
 
 from lenspipe.config import Fit, Summary
 from lenspipe.fit import chains, diagnostics
-from lenspipe.fit.hmc import Draws, least_bfmi
+from lenspipe.fit.hmc import Draws, bfmi_of
 from lenspipe.summary import find_flags
 from tests.unit.test_summary import GOOD, autoregressive
 
@@ -142,25 +141,22 @@ def test_chi2_of_draws_is_that_of_the_log_posterior() -> None:
 def test_energy_that_momenta_hardly_move() -> None:
     """E-BFMI of an AR(1) energy is 2 (1 - rho); the worst chain counts."""
     energy = autoregressive(0.5, (2, 4, 4000))
-    assert least_bfmi(torch.from_numpy(energy)).numpy() == pytest.approx([1.0, 1.0], abs=0.1)
+    assert bfmi_of(torch.from_numpy(energy)).numpy() == pytest.approx([1.0, 1.0], abs=0.1)
     energy[1, 2] = autoregressive(0.95, (1, 1, 4000))
-    found = least_bfmi(torch.from_numpy(energy)).numpy()
-    assert found == pytest.approx([1.0, 0.1], abs=0.1)
-    np.testing.assert_allclose(found, array_stats.bfmi(energy).min(-1), rtol=1e-3)
+    assert bfmi_of(torch.from_numpy(energy)).numpy() == pytest.approx([1.0, 0.1], abs=0.1)
 
 
 def test_energies_are_judged_by_all_transitions() -> None:
     """Not by the draws that are kept: one in ten has lost what the energy was before. Also over two rounds."""
     energy = torch.from_numpy(autoregressive(0.95, (1, 4, 4000)))
     halves = [
-        Draws(half[..., None], half, half, half > 0, half, half[:, 0, 0], least_bfmi(half))
-        for half in energy.chunk(2, 2)
+        Draws(half[..., None], half, half, half > 0, half, half[:, 0, 0], bfmi_of(half)) for half in energy.chunk(2, 2)
     ]
     whole = chains.joined(*halves, Fit(r_hat_max=2.0), [])
     kept = chains.thinned(whole, 400)
     assert kept.energy.shape[2] == 400
     assert kept.bfmi == pytest.approx(0.1, abs=0.03)
-    assert least_bfmi(kept.energy) > 0.6
+    assert bfmi_of(kept.energy) > 0.6
 
 
 def test_starts_and_evidence() -> None:

@@ -20,8 +20,7 @@ from lenspipe.image.light import Light
 from lenspipe.image.simulator import Optics
 from lenspipe.prior_expression import parse_prior
 from lenspipe.prior_map import PriorMap
-from tests.lenses import FIXED
-from tests.unit.test_fit import TABLE, Blobs, lens_batch
+from tests.lenses import FIXED, TABLE, Blobs, lens_batch
 
 ALIKE = 0.5 + 0.5 * np.eye(12)  # a covariance: the chance that all twelve are positive is 1 / 13
 

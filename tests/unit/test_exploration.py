@@ -10,17 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenspipe.config import Config, Fit
+from lenspipe.config import Fit
 from lenspipe.fit import exploration, map_search
 from lenspipe.fit.map_search import MapFit
 from lenspipe.fit.model import LensModel
-from lenspipe.image.simulator import Optics
-from lenspipe.prior_map import PriorMap
-from tests.unit.test_fit import NOISE, TABLE, Blobs, lens_batch
+from tests.lenses import small_lenses
 
 TWO: Any = SimpleNamespace(  # a model with one named unknown and one other
     split=lambda w: (w[..., :1], w[..., 1:]),
-    priors=SimpleNamespace(folded=[]),
+    priors=SimpleNamespace(folded=[], offset=lambda offset: offset),
     normal_equations=lambda w, _: (0.0, torch.zeros_like(w), torch.zeros(len(w), 2, 2).double()),
 )
 
@@ -102,13 +100,7 @@ SETTINGS = Fit(chains=2, explorations=2, path_length=1.5)
 @pytest.fixture(scope="module")
 def stopped() -> tuple[LensModel, MapFit]:
     """Three small lenses, the first at its maximum; the search of the others was stopped on its way."""
-    batch, generator = lens_batch(), torch.Generator().manual_seed(5)
-    priors = PriorMap(Config().priors.expressions())
-    blank = LensModel(batch, priors, Blobs(), Optics(TABLE))
-    truth = 0.5 * torch.randn(len(batch), blank.size, generator=generator, dtype=torch.float64)
-    noise = NOISE * torch.randn(batch.image.shape, generator=generator, dtype=torch.float64)
-    image = blank.image(truth) * batch.flux_unit[:, None, None] + noise
-    model = LensModel(replace(batch, image=image), priors, Blobs(), Optics(TABLE))
+    (model, truth), generator = small_lenses(), torch.Generator().manual_seed(6)
     w, value, converged = map_search.climb(model, truth, 1.0, 40)
     off = torch.tensor([0.0, 0.5, 0.5])[:, None] * torch.randn(w.shape, generator=generator, dtype=torch.float64)
     value = torch.where(off[:, 0] == 0, value, model.log_density(w + off))

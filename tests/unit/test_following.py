@@ -15,7 +15,7 @@ from lenspipe.fit.model import LensModel
 from lenspipe.image.simulator import Optics
 from lenspipe.prior_map import PriorMap
 from lenspipe.source.learned import LearnedSource
-from tests.unit.test_fit import lens_batch
+from tests.lenses import lens_batch
 from tests.unit.test_sources import made
 
 KINDS = ("gaussian", "flow", "residual")  # of learned sources

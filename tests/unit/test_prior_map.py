@@ -156,3 +156,16 @@ def test_shared_parameters_take_no_unknown() -> None:
 def test_a_chain_that_comes_back_to_itself() -> None:
     with pytest.raises(ValueError, match="a = b = c = b: share each other's value"):
         shared({name: parse_prior(other) for name, other in {"a": "b", "b": "c", "c": "b"}.items()})
+
+
+def test_position_angles_differ_as_directions_do() -> None:
+    """phi + pi is phi again, where a prior reaches that far; an unknown that is no angle, or bounded, differs as is."""
+    texts = {"phi": "Normal(0.3, 2)", "q": "0.8", "gamma": "Normal(2, 2)", "halo_phi": "Uniform(-1.5, 1.5)"}
+    prior_map = PriorMap({name: parse_prior(text) for name, text in texts.items()})
+    assert prior_map.free == ["phi", "gamma", "halo_phi"]
+    turn = math.pi / 2  # of phi, in its standard deviations
+    offset = torch.tensor([[turn + 0.1, turn, turn], [-3 * turn, 0.1, 0.0], [0.4 * turn, 0.0, 0.0]])
+    expected = torch.tensor([[0.1, turn, turn], [0.0, 0.1, 0.0], [0.4 * turn, 0.0, 0.0]])
+    torch.testing.assert_close(prior_map.offset(offset), expected, rtol=0, atol=1e-6)
+    both = prior_map(torch.tensor([[0.2, 0.0, 0.0], [0.2 + turn, 0.0, 0.0]]))["phi"]
+    assert float(both[1] - both[0]) == pytest.approx(math.pi)

@@ -15,8 +15,7 @@ from lenspipe.fit import map_search, reference
 from lenspipe.fit.batch import SEARCHES
 from lenspipe.fit.model import LensModel
 from lenspipe.image.simulator import Optics
-from tests.lenses import easy_lenses
-from tests.unit.test_fit import TABLE
+from tests.lenses import TABLE, easy_lenses
 
 
 def generators(number: int) -> list[torch.Generator]:

@@ -5,10 +5,13 @@ The fits are made-up posteriors that say how often each lens was asked for; plan
 
 from __future__ import annotations
 
+import errno
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -209,8 +212,24 @@ def test_a_part_that_was_cut_short_is_fitted_again(paths: Results, asked: Counte
     bytes_of[len(bytes_of) // 2] ^= 1
     parts[1].write_bytes(bytes(bytes_of))
     assert [read_part(part) is None for part in parts] == [True, True, False]
-    with pytest.raises(InputError, match="cannot be read any more"):
+    with pytest.raises(InputError, match="is damaged"):
         resume.opened(parts[0], "", [])
+    assert not parts[0].exists()
+
+
+def test_a_part_that_the_file_system_does_not_give_stays(paths: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be there again for the next run; a part that is damaged will not."""
+    part = write_part(paths.parts(0), posteriors(["a"]))
+
+    def stale(*_: object) -> NoReturn:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        with pytest.raises(InputError, match=rf"{part}: cannot be read any more \(Stale file handle\); run the stage"):
+            resume.opened(part, "", [resume.Place(part, 0, "a")])
+        assert resume.index_of_parts([part]) == {}
+    assert read_part(part) is not None
 
 
 def test_a_part_with_a_flipped_bit_is_fitted_again(paths: Results, asked: Counter[str]) -> None:
@@ -231,6 +250,7 @@ def test_a_part_with_a_flipped_bit_is_fitted_again(paths: Results, asked: Counte
     assert found["lens"].to_numpy().tolist() == list(NAMES)
     assert asked["a"] == 0
     assert asked["b"] == 1
+    assert list(paths.parts(0).iterdir()) == []
 
 
 def resume_catalogue(paths: Results) -> pd.DataFrame:

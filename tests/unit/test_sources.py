@@ -16,7 +16,7 @@ from lenspipe.config import Config, Fit, LearnedSource, SourceSettings, load_con
 from lenspipe.errors import ConfigError, InputError
 from lenspipe.fit import chains, map_search
 from lenspipe.fit.batch import source_of
-from lenspipe.fit.derived import source_fluxes
+from lenspipe.fit.derived import half_light_radius, source_fluxes
 from lenspipe.fit.model import LensModel
 from lenspipe.image import light
 from lenspipe.image.simulator import Optics
@@ -31,7 +31,7 @@ from lenspipe.source.sersic import UNIT
 from lenspipe.source.shapelets import hermite_functions
 from lenspipe.source.sketch import LinearSource, principal_source
 from lenspipe.source.vae import Decoder
-from tests.unit.test_fit import NOISE, lens_batch
+from tests.lenses import NOISE, lens_batch
 
 KINDS: dict[str, dict[str, Any]] = {
     "sersic": {"kind": "sersic"},
@@ -351,3 +351,13 @@ def test_rays_see_a_function_as_it_is() -> None:
     total, _ = source_fluxes(model, w)
     fine = source.drawn(model.split(w)[1], 3000).mean((1, 2)) * 0.7 * 1.5**2 / 0.2**2
     torch.testing.assert_close(total, fine, rtol=0.01, atol=0)
+
+
+def test_half_of_the_light_of_a_function_is_within_its_radius() -> None:
+    """Not on the pixels of its image: an exponential disc of R_sersic 1.3 of them, in an image as wide as 2 arcsec."""
+    shape = {"n_sersic": "1", "R_sersic": "0.02", "e1": "0", "e2": "Uniform(-0.01, 0.01)"}
+    config = load_config({"source": {"kind": "sersic"} | shape, "priors": {"source_size": "2"}})
+    priors = PriorMap(config.priors.expressions())
+    model = LensModel(lens_batch(), priors, blank(config.source, {}).double(), Optics())
+    radius = half_light_radius(model, torch.zeros(3, model.size).double())
+    np.testing.assert_allclose(radius.numpy(), 0.04, rtol=0.03)
