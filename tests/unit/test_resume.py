@@ -20,11 +20,10 @@ import torch
 import xarray as xr
 from typer.testing import CliRunner
 
-from lenspipe import artefact
 from lenspipe.catalogue.reading import read_catalogue
 from lenspipe.cli import app
 from lenspipe.config import Config, Fit, Lens, Priors
-from lenspipe.errors import InputError, LenspipeError
+from lenspipe.errors import InputError
 from lenspipe.fit import batch, cluster, resume
 from lenspipe.fit.batch import Result, Task, batch_checkpoint
 from lenspipe.fit.parts import read_part, write_part
@@ -384,21 +383,6 @@ def test_refit_says_what_is_wrong(arguments: list[str], said: str, paths: Result
     done = CliRunner().invoke(app, ["refit", *arguments, "--config", "{}", "--results", str(paths.root)])
     assert done.exit_code == 1
     assert said in " ".join(done.stderr.split())
-
-
-def fill_the_disk(target: Path) -> None:
-    with artefact.written_whole(target) as new:
-        new.mkdir()
-        Path("/dev/full").write_bytes(b"a byte too many")
-
-
-def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
-    """And what was there stays."""
-    target = tmp_path / "shard-0000.zarr"
-    target.mkdir()
-    with pytest.raises(LenspipeError, match=r"shard-0000\.zarr: no space left"):
-        fill_the_disk(target)
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_refit_of_what_cannot_be_fitted_says_so(paths: Results, asked: Counter[str]) -> None:
