@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from astropy.io import fits
 from lenstronomy.Util.kernel_util import subgrid_kernel
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 
 from lenspipe import cli
 from lenspipe.image.noise import noise_of_data
+from lenspipe.lens.coordinates import theta_E_from_pyautolens
 
 PARAMETERS = ("theta_E", "gamma", "q", "e1", "e2")
 PRESET = Path(__file__).parents[2] / "workflow/presets/observed.yaml"
@@ -147,8 +149,8 @@ def pyautolens_light(folder: Path, _: int) -> Iterator[Mock]:
 def pyautolens_mock(at: Path, scale: float) -> Mock:
     """PyAutoLens' Einstein radius and ellipticity (y first) in our conventions (`lenspipe.lens.coordinates`)."""
     mass = mass_of(json.loads((at / "tracer.json").read_text()))
-    q = 1 - 2 * (size := float(np.hypot(*mass["ell_comps"]))) / (1 + size)
-    truth = {"theta_E": np.sqrt(q) * 2 / (1 + q) * mass["einstein_radius"], "q": q, "gamma": 2.0}
+    radius, gamma, q = (torch.tensor(v) for v in (mass["einstein_radius"], 2.0, axis_ratio(*mass["ell_comps"])))
+    truth = {"theta_E": float(theta_E_from_pyautolens(radius, gamma, q)), "q": float(q), "gamma": 2.0}
     return Mock(at.name, scale, truth=truth, **fits_images(at, "data", "noise_map"))
 
 

@@ -112,6 +112,7 @@ def test_whole_run(tiny_run: Path) -> None:
     assert lenses["name"].tolist() == ["mock-0000-low", "mock-0000-high", "mock-0001-low", "mock-0001-high"]
     assert set(lenses["status"]) <= {"ok", "flagged"}
     assert np.isfinite(lenses[["theta_E_median", "gamma_p84", "phi_map", "r_hat_max", "chi2_per_pixel"]]).all(axis=None)
+    assert lenses["chi2_per_pixel"].between(0.8, 1.5).all(), "the fits explain the images, few draws as there are"
     assert len(Table.read(tiny_run / "results/summary/lenses.fits")) == 4
     page = (tiny_run / "results/report/report.html").read_text()
     assert "mock-0001-high" in page
