@@ -101,7 +101,8 @@ class PriorMap:
                 self.walls += [Wall(i, side, -side * end) for side, end in ((1.0, low), (-1.0, high))]
 
     def _turns(self, name: str) -> bool:
-        return name.rpartition("_")[2] == "phi" and self.own[name].distribution == "Normal"
+        prior = self.own[name]
+        return name.rpartition("_")[2] == "phi" and prior.distribution == "Normal" and not prior.is_pyros
 
     def offset(self, offset: Tensor) -> Tensor:
         """Differences [..., free] of unknowns, those of position angles between directions: phi + pi is phi again.

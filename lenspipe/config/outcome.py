@@ -82,8 +82,8 @@ class Summary(Section):
     )
     starts_agreeing_min: Count = Field(
         2,
-        description="least number of surviving starts that end in the best basin, where there are as many; what one of "
-        "n starts found, n others would miss in a third of all cases, what two of four found in one of 16",
+        description="least number of starts that end in the best basin, where there are as many; those that were "
+        "dropped as copies count with them; what one of n found, n others would miss in a third of all cases",
     )
     evidence_lead_min: float = Field(
         5.0,

@@ -19,6 +19,8 @@ from lenspipe.source.view import POINTS
 ANGLES = 90  # directions in which a critical curve is looked for
 REACH = 4.0  # how far out, in Einstein radii
 GRID = 100  # points a side at which critical curves and images are looked for; both are then brought to their place
+RINGS = 2000  # about the centre of a source's light, to the corners of its image
+RING = 2 / RINGS  # their width [widths of the image]
 FAINTEST = 0.1  # magnification of the faintest image that counts: the central one of a shallow lens may be among them
 
 
@@ -71,16 +73,20 @@ def lensed_signal_to_noise(model: LensModel, w: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def half_light_radius(model: LensModel, w: Tensor) -> Tensor:
-    """Radius ["] [lens] about the centre of the source's light that holds half of what is positive of it."""
+    """Radius ["] [lens] about the centre of the source's light that holds half of what is positive of it.
+
+    Of what lies within `source_size`; not a number where there is no light.
+    """
     axis = pixel_axis(POINTS).to(w)
     grid = axis.expand(len(w), POINTS, -1)
     source = model.view(w).at(grid, grid.mT).clamp(min=0)
     u, v = light_centre(source)
     radius = torch.hypot(axis - u[:, None, None], axis[:, None] - v[:, None, None]).flatten(1)
-    order = radius.argsort(1)
-    within = source.flatten(1).gather(1, order).cumsum(1)
+    ring = radius.new_zeros(len(w), RINGS).scatter_add(1, (radius / RING).nan_to_num().long(), source.flatten(1))
+    within = ring.cumsum(1)
     half = (within >= within[:, -1:] / 2).to(torch.uint8).argmax(1, keepdim=True)
-    return radius.gather(1, order).gather(1, half)[:, 0] * model.parameters(w)["source_size"]
+    beyond = (within - within[:, -1:] / 2).gather(1, half) / ring.gather(1, half)  # share of that ring
+    return RING * (half + 1 - beyond)[:, 0] * model.parameters(w)["source_size"]
 
 
 @torch.no_grad()

@@ -39,6 +39,6 @@ def read_part(path: Path, names: list[str] | None = None) -> xr.Dataset | None:
         with path.open("rb") as stream, np.load(stream) as file:
             dimensions = json.loads(str(file[DIMENSIONS]))
             arrays = {name: file[name] for name in names or dimensions}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None
     return xr.Dataset({n: (dimensions[n], a.astype(object) if a.dtype.kind == "U" else a) for n, a in arrays.items()})

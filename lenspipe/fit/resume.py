@@ -184,7 +184,7 @@ def whole_part(file: Path) -> xr.Dataset:
     try:
         part = read_part(file)
     except OSError as error:
-        raise InputError(f"{file}: cannot be read any more ({error.strerror}); {again}") from error
+        raise InputError(f"{file}: cannot be read ({error}); {again}, or remove the file if this stays so") from error
     if part is None:
         with suppress(OSError):
             file.rename(file.with_suffix(DAMAGED))

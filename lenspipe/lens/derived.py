@@ -152,7 +152,8 @@ def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, an
 
     deflection: of x, y [lens, n]; centre, largest: [lens], the latter beyond the curve ["]; angles: [n]. By bisection
     of the first eigenvalue, which is negative within: for curves that every ray crosses once, such as those of an
-    elliptical power law with shear. NaN where a ray, looked at in RAY_STEPS places, crosses none or several.
+    elliptical power law with shear. Where there are others further out the first is taken, of those that RAY_STEPS
+    places on the ray tell apart; NaN where there is none.
     """
     cos, sin = torch.cos(angles), torch.sin(angles)
 
@@ -162,9 +163,9 @@ def tangential_radii(deflection: Deflection, centre: Vector, largest: Tensor, an
 
     places = torch.linspace(0.02, 1.0, RAY_STEPS, dtype=largest.dtype) * largest[:, None]  # [lens, place]
     inside = torch.stack([within(at[:, None].expand(-1, len(angles))) for at in places.unbind(1)])
-    crosses = inside[0] & ~inside[-1] & ((inside[1:] != inside[:-1]).sum(0) == 1)
-    last = inside.sum(0) - 1  # the last place within
-    low, high = (places.gather(1, at.clamp(0, RAY_STEPS - 1)) for at in (last, last + 1))
+    crosses = inside[0] & ~inside.all(0)
+    first = inside.to(torch.uint8).argmin(0).clamp(min=1)  # the first place without
+    low, high = places.gather(1, first - 1), places.gather(1, first)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         inside = within(middle)

@@ -22,7 +22,8 @@ def least_bfmi(energy: NDArray) -> NDArray:
     How far a new momentum moves the energy, against how far it has to be moved (Betancourt 2016, arXiv:1604.00695); 2
     where successive draws are independent, not a number where all energies are the same.
     """
-    with np.errstate(all="ignore"):
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
         return np.asarray(array_stats.bfmi(energy)).min(-1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +119,6 @@ def test_what_is_stored_is_in_image_units(
     priors = PriorMap(
         Config().priors.expressions() | {f"bulge_{name}": parse_prior(text) for name, text in LIGHT.items()}
     )
-    lit = LensModel(batch_of, priors, model[0].source, Optics(TABLE, light=Light({"bulge": "gaussian"})))
-    monkeypatch.setattr(batch, "build_model", lambda *_: lit)
-    task = Task(Config(fit=QUICK).model_dump_json(), Results(tmp_path), "b", batch_of.names, ("1", "2", "3"))
-    found = batch.fit_lenses(task).stack(sample=("chain", "draw")).transpose("lens", "sample", ...)
     middles = (np.arange(24) - 11.5) * 0.2
     a, b = (middles - 0.1) * np.cos(0.3), middles[:, None] * np.sin(0.3)
     along, across = a + b, middles[:, None] * np.cos(0.3) - (middles - 0.1) * np.sin(0.3)
@@ -130,6 +127,13 @@ def test_what_is_stored_is_in_image_units(
     def blurred(picture: np.ndarray) -> np.ndarray:
         return convolve(picture, batch_of.psf[0].numpy(), mode="constant")
 
+    galaxy = torch.tensor(units["light"])[:, None, None] * torch.from_numpy(blurred(shape))
+    batch_of = replace(batch_of, image=batch_of.image + galaxy)
+    lit = LensModel(batch_of, priors, model[0].source, Optics(TABLE, light=Light({"bulge": "gaussian"})))
+    monkeypatch.setattr(batch, "build_model", lambda *_: lit)
+    task = Task(Config(fit=QUICK).model_dump_json(), Results(tmp_path), "b", batch_of.names, ("1", "2", "3"))
+    found = batch.fit_lenses(task).stack(sample=("chain", "draw")).transpose("lens", "sample", ...)
+    assert (found["bulge_amplitude_map"] > 0.1).all()
     for lens, (flux_unit, light_unit) in enumerate(zip(*units.values(), strict=True)):
         row = found.isel(lens=lens)
         light = light_unit * float(row["bulge_amplitude_map"]) * blurred(shape)
@@ -172,6 +176,13 @@ def test_a_refit_draws_more_and_keeps_as_many(
     assert set(kept) == {3 * QUICK.draws}
     assert found.sizes["draw"] == QUICK.draws
     assert found["draws_factor"].to_numpy().tolist() == [3]
+
+
+def test_mean_and_spread_of_pictures_one_at_a_time() -> None:
+    pictures = 1e3 + torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(1))
+    mean, sd = batch.mean_and_sd(iter(pictures))
+    torch.testing.assert_close(mean, pictures.double().mean(0).float())
+    torch.testing.assert_close(sd, pictures.double().std(0).float())
 
 
 def test_automatic_batches_fit_into_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

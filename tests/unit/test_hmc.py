@@ -61,6 +61,7 @@ def test_energies_are_those_where_a_trajectory_begins(correlated: tuple[Tensor, 
     far = hmc.Run(target, center, hessian, settings, again, warmup=0, step=torch.tensor([90.0]))
     draws = far.finish()
     assert bool(draws.diverging.any())
+    assert float(draws.energy.mean()) == pytest.approx(3, abs=1.5)
     assert bool((draws.acceptance[draws.diverging] == 0).all())
 
 

@@ -169,3 +169,5 @@ def test_position_angles_differ_as_directions_do() -> None:
     torch.testing.assert_close(prior_map.offset(offset), expected, rtol=0, atol=1e-6)
     both = prior_map(torch.tensor([[0.2, 0.0, 0.0], [0.2 + turn, 0.0, 0.0]]))["phi"]
     assert float(both[1] - both[0]) == pytest.approx(math.pi)
+    by_keywords = PriorMap({"phi": parse_prior("Normal(loc=0, scale=2)")})
+    torch.testing.assert_close(by_keywords.offset(offset[:, :1]), offset[:, :1])
