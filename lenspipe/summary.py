@@ -57,6 +57,7 @@ LEFT = {"latent", "log_density", "acceptance", "basin_w", "basin_parameters", "s
 LEFT |= {"energy", "light_map", "critical_curve", "caustic"}
 PICTURES = ("model_", "source_map", "source_mean", "source_sd", "source_frame")  # beginnings of names; left too
 LACKING = 0.1  # share of the draws without a value from which on a lens has no statistics of it
+DEMAGNIFIED = 1.0  # magnification below which most of a source's light is not in the image: mass magnifies
 ABOVE_MAP = 1.0  # how far a draw may be above the maximum that the search found, for its last steps [nat]
 STATISTICS = ("median", "p16", "p84", "mean", "sd", "r_hat", "ess_bulk", "ess_tail")
 LENGTHS: tuple[str, ...] = ("theta_E", "r_Ein", "center_x", "center_y", "source_x", "source_y", "source_size")
@@ -270,6 +271,7 @@ def find_flags(row: dict[Any, Any], settings: Summary) -> list[str]:
         "prior_edge": row["prior_depth"] <= settings.prior_depth_max,
         "rays": row["ray_chi2"] <= settings.ray_chi2_max,
         "single_image": row["images_map"] >= 2 or row["magnification_median"] >= settings.magnification_min,
+        "demagnified": row["magnification_median"] >= DEMAGNIFIED,
         "no_arcs": row["arc_snr"] >= settings.arc_snr_min
         and not row.get("first_arc_snr", np.nan) < settings.first_arc_snr_min,
         "arcs_outside": not row.get("arc_radius", np.nan) > settings.arc_radius_max * row["theta_E_median"],

@@ -149,7 +149,7 @@ def prepare(
         first_arc_snr=snr,
         companions=companions,
         cosmic_rays=int((hit & within).sum()),
-        masked=1 - float(good.sum()) / max(1.0, np.pi * (fit_radius / pixel_scale) ** 2),
+        masked=max(0.0, 1 - float(good.sum()) / max(1.0, np.pi * (fit_radius / pixel_scale) ** 2)),
         light_unit=max(light_unit, floor),
         flux_unit=flux_unit,
         corner=at,

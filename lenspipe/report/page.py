@@ -63,6 +63,8 @@ FLAGS = {
     "rays": "twice the rays a pixel side change the lensed source by more chi² than summary.ray_chi2_max: "
     "it has more detail than the rays see; raise lens.supersampling",
     "single_image": "the source's centre has one image, and its magnification is below summary.magnification_min",
+    "demagnified": "less light of the lensed source is in the image than the source has: most of the source is where "
+    "nothing is seen of it, the solution may be a wrong one",
     "no_arcs": "the lensed source has less signal-to-noise than summary.arc_snr_min, or what was seen before the fit "
     "less than summary.first_arc_snr_min: there may be no arcs",
     "arcs_outside": "the arcs that were seen before the fit are further out than summary.arc_radius_max times theta_E: "
@@ -194,7 +196,7 @@ def result_row(row: dict[str, Any]) -> dict[str, Any]:
         number(row, "ess_bulk_min", ".0f"),
         number(row, "divergences", ".0f"),
         number(row, "arc_snr", ".0f"),
-        number(row, "seconds", ".1f"),
+        number(row, "seconds", ".0f"),
     ]
     return {key: row[key] for key in ("name", "anchor", "status", "reason")} | {
         "flags": row["flags"].split() if row["status"] != "failed" else [],

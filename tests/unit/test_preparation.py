@@ -97,6 +97,9 @@ def test_companions_are_masked() -> None:
     with_it, without = (prepared(scene(companion), Wishes(fit_radius=3.2)) for companion in (True, False))
     assert (with_it.companions, without.companions) == (1, 0)
     assert with_it.masked > without.masked
+    nothing = prepared(scene(companion=False), Wishes(fit_radius=2.5))
+    assert nothing.usable.sum() > np.pi * (2.5 / SCALE) ** 2, "a disc of pixels may be larger than the circle"
+    assert nothing.masked == 0
     side = with_it.image.shape[0]
     row, column = (round((side - 1) / 2 + at / SCALE) for at in (2.1, -2.0))
     assert not with_it.usable[row, column]
