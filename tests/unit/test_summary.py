@@ -150,11 +150,11 @@ def test_flags(change: dict[str, float], flags: list[str]) -> None:
     assert find_flags(GOOD | change, Summary()) == flags
 
 
-def test_the_report_and_the_readme_explain_every_flag() -> None:
+def test_the_report_and_the_docs_explain_every_flag() -> None:
     bad = {name: float("nan") for name in GOOD} | {"converged": False, "companions": 2, "masked": 0.9}
     bad |= {"arc_radius": 3.0, "theta_E_median": 1.2}
     assert {*find_flags(bad, Summary()), "failed"} == FLAGS.keys()
-    table = (ROOT / "README.md").read_text().split("| flag | meaning |")[1].split("\n\n")[0]
+    table = (ROOT / "docs/results.md").read_text().split("| flag | meaning |")[1].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLAGS)
 
 

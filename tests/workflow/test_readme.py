@@ -1,4 +1,4 @@
-"""The README as a newcomer follows it: its commands, its Python, its table and the files it names."""
+"""README and docs as a newcomer follows them: their commands, Python, settings, table and the files they name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from tests.conftest import ROOT, TINY, environment
 from tests.unit.test_preparation import write_lens
 
 pytestmark = pytest.mark.workflow
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, *pages: str) -> list[str]:
+    """Of these pages, or of all."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [block for page in pages or PAGES.values() for block in pattern.findall(page)]
 
 
 LINES = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines() if line]
+NAMED = r"`((?:workflow|lenspipe|envs|tests|docs)/[\w./]+)`"
 COMMANDS = [line for line in LINES if not line.startswith("#")]
 
 
@@ -33,8 +37,9 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
     """A finished run that a command may change, with the tiny preset where the README has the default one."""
     shutil.copytree(tiny_run, tmp_path / "run")
     shutil.copy(TINY, tmp_path / "run/config.yaml")
-    (tmp_path / "run/my_run").mkdir()
-    (tmp_path / "run/my_run/results").symlink_to(tmp_path / "run/results")
+    for name in ("my_run", "smooth", "learned"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "results").symlink_to(tmp_path / "run/results")
     write_lens(tmp_path / "run/my_lenses/good")
     return tmp_path / "run"
 
@@ -82,7 +87,7 @@ def test_snakemake_command(command: str, tmp_path: Path) -> None:
 
 
 def test_python(run: Path) -> None:
-    (code,) = blocks("python")
+    (code,) = blocks("python", README)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=run, env=environment(), capture_output=True, text=True, check=False
     )
@@ -100,7 +105,7 @@ def test_settings_shown() -> None:
 
 def test_page_on_lenses(tmp_path: Path) -> None:
     """The first program of docs/lensing.md draws its picture, the second renders whole images."""
-    programs = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/lensing.md").read_text(), re.MULTILINE | re.DOTALL)
+    programs = blocks("python", PAGES[ROOT / "docs/lensing.md"])
     assert len(programs) == 2
     said = ""
     for code in programs:
@@ -130,7 +135,16 @@ def test_table_of_stages(tiny_run: Path) -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:workflow|lenspipe|envs|tests|docs)/[\w./]+)`", README))
-    named |= set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))
-    assert len(named) > 10
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    named = {ROOT / path for page in PAGES.values() for path in re.findall(NAMED, page)}
+    named |= {path.parent / to for path, page in PAGES.items() for to in re.findall(r"\]\(((?!http)[^)#]+)", page)}
+    assert len(named) > 20
+    assert [path for path in sorted(named) if not path.exists()] == []
+
+
+def test_sections_that_are_linked_exist() -> None:
+    for path, page in PAGES.items():
+        for to, section in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", page):
+            target = PAGES[(path.parent / to).resolve()] if to else page
+            titles = re.findall(r"^#+ (.+)$", target, re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert section in anchors, f"{path}: {to}#{section}"
