@@ -57,7 +57,7 @@ def test_make_target_is_there(command: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[0] == "lenspipe"])
 def test_lenspipe_command(command: str, run: Path) -> None:
-    words = shlex.split(command.replace("FILE", "config.yaml"))
+    words = shlex.split(command.replace("my.yaml", "config.yaml"))
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=run, env=environment(), capture_output=True, text=True, check=False
     )
@@ -66,7 +66,7 @@ def test_lenspipe_command(command: str, run: Path) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[0] == "snakemake"])
 def test_snakemake_command(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command.replace("FILE", str(TINY)).replace("DIR", str(tmp_path)))
+    words = shlex.split(command.replace("my.yaml", str(TINY)))
     words = [str(tmp_path) if word == "my_run" else word for word in words]
     (tmp_path / "a").mkdir()
     for name in ("image", "psf"):
