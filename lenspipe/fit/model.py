@@ -228,14 +228,15 @@ class LensModel:
             du, dv = (torch.stack(moved, -1)[:, None] @ along).unflatten(-1, u.shape[1:]).unbind(1)
             d_flux = d_flux[..., None, None]
         of_named = flux[:, None] * (along_u[:, None] * du + along_v[:, None] * dv) + d_flux * rays[:, None]
-        of_latents = sources.slopes((u, v), (along_u, along_v))
+        of_latents = flux[:, None] * sources.slopes((u, v), (along_u, along_v), simulator.block)
         total = flux * rays
         light = simulator.lens_light(self.physical(values))
         if light is not None:
             total = total + light
             of_named = of_named + self.light_slopes(values, simulator)
         of_named *= slopes[..., None, None]
-        images = simulator.observe(torch.cat([total[:, None], of_named, flux[:, None] * of_latents], 1))
+        rays = simulator.gathered(torch.cat([total[:, None], of_named], 1))
+        images = simulator.blurred(torch.cat([rays, of_latents], 1))
         if "background" in self.priors.priors:
 
             def background(values: Tensor) -> tuple[Tensor]:
@@ -272,7 +273,9 @@ class LensModel:
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
         gradient, hessian = w.new_zeros(*w.shape, dtype=torch.float64), torch.diag_embed(torch.zeros_like(w).double())
         for part in self.parts(self.parameters(w), self.view(w), rows):
-            per_lens = part.data[0].numel() * self.optics.supersampling**2 * self.size
+            named, rays = len(self.priors.free), self.optics.supersampling**2
+            seen = rays * named + self.optics.psf_supersampling**2 * self.source.size
+            per_lens = part.data[0].numel() * seen
             for piece in part.split(max(1, CHUNK_ELEMENTS // per_lens)):
                 residuals, jacobian = self.linearise(w[piece.places], piece)
                 chi2[piece.places] = piece.dark + residuals.double().square().sum(-1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lenspipe.lens.coordinates import rotate
 from lenspipe.lens.parameters import LIGHT_PROFILES, MGE_AMPLITUDES, component_parameters, qualified
+
+FAINTEST = -80.0  # logarithm of a Gaussian below which it counts as that: near underflow exp takes ten times as long
 
 
 def elliptical_radius2(x: Tensor, y: Tensor, q: Tensor, phi: Tensor, center_x: Tensor, center_y: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ def gaussian(
     A galaxy as a set of Gaussians (Cappellari 2002) is their sum, linear in the amplitudes; the flux of each is
     2 pi sd^2 amplitude.
     """
-    return amplitude * torch.exp(-elliptical_radius2(x, y, q, phi, center_x, center_y) / (2 * sd**2))
+    radius2 = elliptical_radius2(x, y, q, phi, center_x, center_y)
+    return mixture(radius2, amplitude[..., None], -0.5 / sd[..., None] ** 2)
 
 
 def mge(
@@ -67,18 +71,80 @@ def mge(
     Their standard deviations on the intermediate axis, in even ratios from `sd_min` to `sd_max` ["], are given, so
     that the profile is linear in its amplitudes.
     """
-    total = torch.zeros_like(x)
-    columns = mge_columns(x, y, sd_min, sd_max, q=q, phi=phi, center_x=center_x, center_y=center_y)
-    for name, column in zip(MGE_AMPLITUDES, columns, strict=True):
-        total = torch.addcmul(total, amplitudes[name], column)
-    return total
+    radius2 = elliptical_radius2(x, y, q, phi, center_x, center_y)
+    each = torch.stack(torch.broadcast_tensors(*(amplitudes[name] for name in MGE_AMPLITUDES)), -1)
+    return mixture(radius2, each, mge_rates(sd_min, sd_max))
 
 
-def mge_columns(x: Tensor, y: Tensor, sd_min: Tensor, sd_max: Tensor, **ellipse: Tensor) -> Iterator[Tensor]:
-    """The Gaussians of `mge`, each of amplitude 1; ellipse: what `elliptical_radius2` takes."""
-    radius2 = elliptical_radius2(x, y, **ellipse)
-    for share in torch.linspace(0, 1, len(MGE_AMPLITUDES), dtype=x.dtype, device=x.device):
-        yield torch.exp(radius2 * (-0.5 * torch.exp(-2 * torch.lerp(torch.log(sd_min), torch.log(sd_max), share))))
+def mge_rates(sd_min: Tensor, sd_max: Tensor) -> Tensor:
+    """-1 / (2 sd^2) ["^-2] of the Gaussians of `mge`: [..., k]."""
+    shares = torch.linspace(0, 1, len(MGE_AMPLITUDES), dtype=sd_min.dtype, device=sd_min.device)
+    return -0.5 * torch.exp(-2 * torch.lerp(torch.log(sd_min)[..., None], torch.log(sd_max)[..., None], shares))
+
+
+def mixture(radius2: Tensor, amplitudes: Tensor, rates: Tensor) -> Tensor:
+    """The sum over k of amplitudes[..., k] exp(rates[..., k] radius2).
+
+    radius2: [lens, ...]; the others are [k] or [lens, 1, ..., k].
+    """
+    shape = torch.broadcast_shapes(radius2.shape, amplitudes.shape[:-1], rates.shape[:-1])
+    own = *shape[:1], *[1] * (len(shape) - 1)
+    amplitudes, rates = (lines.expand(*own, -1).reshape(-1, lines.shape[-1]) for lines in (amplitudes, rates))
+    return _Mixture.apply(radius2.expand(shape).reshape(len(rates), -1), amplitudes, rates)[0].reshape(shape)
+
+
+def columns(radius2: Tensor, rates: Tensor) -> Tensor:
+    """Each exp(rates[k] radius2), [lens, k, n], of radius2 [lens, n] and rates [lens, k]."""
+    return (radius2[:, None] * rates[..., None]).clamp_(min=FAINTEST).exp_()
+
+
+class _Mixture(torch.autograd.Function):
+    """Of radius2 [lens, n], amplitudes and rates [lens, k]: the sum of Gaussians [lens, n], and each of them.
+
+    With the derivatives written out they are gone over a few times, not a dozen.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(radius2: Tensor, amplitudes: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+        each = columns(radius2, rates)
+        return _sum(amplitudes, each), each
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if gradients[0] is None:
+            return None, None, None
+        radius2, amplitudes, rates, each = ctx.saved_tensors
+        if torch.is_grad_enabled():  # derivatives of what was kept are not known
+            each = columns(radius2, rates)
+        moments = torch.stack([gradients[0], gradients[0] * radius2], 1) @ each.mT
+        return gradients[0] * _sum(amplitudes * rates, each), moments[:, 0], amplitudes * moments[:, 1]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        radius2, amplitudes, rates = ctx.saved_tensors
+        of_radius2, of_amplitudes, of_rates = tangents
+        each, moved = columns(radius2, rates), torch.zeros_like(radius2)
+        if of_radius2 is not None:
+            moved = moved + of_radius2 * _sum(amplitudes * rates, each)
+        if of_amplitudes is not None:
+            moved = moved + _sum(of_amplitudes, each)
+        if of_rates is not None:
+            moved = moved + radius2 * _sum(amplitudes * of_rates, each)
+        return moved, None
+
+
+def _sum(weights: Tensor, each: Tensor) -> Tensor:
+    """[lens, n] of weights [lens, k] and Gaussians [lens, k, n]."""
+    return (weights[:, None] @ each)[:, 0]
 
 
 PROFILES: dict[str, Callable[..., Tensor]] = {"sersic": sersic, "gaussian": gaussian, "mge": mge}
@@ -128,7 +194,9 @@ def unit_columns(profile: str, x: Tensor, y: Tensor, own: Mapping[str, Tensor]) 
     """A profile with each of its amplitudes in turn 1, all others 0."""
     rest = {name: value for name, value in own.items() if name not in AMPLITUDES[profile]}
     if profile == "mge":
-        return list(mge_columns(x, y, **rest))
+        rates = mge_rates(rest.pop("sd_min"), rest.pop("sd_max"))
+        radius2 = elliptical_radius2(x, y, **rest)
+        return [mixture(radius2, torch.ones_like(rate), rate) for rate in rates.split(1, -1)]
     return [PROFILES[profile](x, y, amplitude=torch.ones_like(own["amplitude"]), **rest)]
 
 

@@ -9,11 +9,10 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lenspipe.image.light import Light
 from lenspipe.image.psf import Convolution
-from lenspipe.image.source_plane import light_centre, sample
+from lenspipe.image.source_plane import gathered, light_centre, sample
 from lenspipe.image.window import SOURCE_EDGE, Window, block_middles, block_side, spread_bound
 from lenspipe.lens import multi_plane
 from lenspipe.lens.coordinates import axis_ratio, pixel_grid, theta_E_from_r_Ein
@@ -234,12 +233,20 @@ class Simulator:
 
         Blurred first, where the PSF has a value for each ray.
         """
-        s = self.optics.supersampling
-        if s == 1:
-            return self.convolution(rays)
-        if self.optics.psf_supersampling == s:
-            return functional.avg_pool2d(self.convolution(rays), s)
-        return self.convolution(functional.avg_pool2d(rays, s))
+        return self.blurred(self.gathered(rays))
+
+    @property
+    def block(self) -> int:
+        """How many rays along a side are averaged before they are blurred."""
+        return self.optics.supersampling // self.optics.psf_supersampling
+
+    def gathered(self, rays: Tensor) -> Tensor:
+        """Rays [lens, channel, ny s, nx s] as the PSF takes them: one value for each of its own."""
+        return gathered(rays, self.block)
+
+    def blurred(self, rays: Tensor) -> Tensor:
+        """What was gathered, blurred by the PSF, as pixels [lens, channel, ny, nx]."""
+        return gathered(self.convolution(rays), self.optics.psf_supersampling)
 
     def rays(self, points: Vector, source: Tensor) -> Tensor:
         """Source images [lens, channel, n, n] seen at source points: [lens, channel, ny s, nx s]."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lenspipe.image.simulator import Brightness, Parameters, in_source_image
-from lenspipe.image.source_plane import light_centre, sample
+from lenspipe.image.source_plane import gathered, light_centre, sample, sample_blocks
 from lenspipe.lens.profiles import Vector
 from lenspipe.source.base import FunctionSource, Source
 
@@ -54,17 +54,18 @@ class Drawn:
         """Brightness there."""
         return sample(self.images[:, None], u, v, self.interpolation)[:, 0]
 
-    def slopes(self, places: Vector, along: Vector) -> Tensor:
-        """Derivatives with respect to w, [n, size, ny, nx], where those of the brightness along u and v are given.
+    def slopes(self, places: Vector, along: Vector, block: int = 1) -> Tensor:
+        """Derivatives with respect to w, [n, size, ny, nx], means over blocks of so many places a side.
 
-        The image is linear in the source, whose lead also moves the source by as much as the centre of it moves.
+        along: [n, ny, nx] each, those of the brightness along u and v. The image is linear in the source, whose lead
+        also moves the source by as much as the centre of it moves.
         """
         assert self.derivatives is not None
-        slopes = sample(self.derivatives, *places, self.interpolation)
+        slopes = sample_blocks(self.derivatives, *places, self.interpolation, block)
         leading = self.derivatives.shape[1] - self.unmoving
-        steps = moved_centre(self.lead, self.derivatives[:, :leading])
-        for moved, step in zip(along, steps, strict=True):
-            slopes[:, :leading] += moved[:, None] * step[..., None, None]
+        steps = torch.stack(moved_centre(self.lead, self.derivatives[:, :leading]), -1)
+        moved = steps @ gathered(torch.stack(along, 1), block).flatten(2)
+        slopes[:, :leading] += moved.unflatten(2, slopes.shape[2:])
         return slopes
 
     def of(self, p: Parameters) -> Brightness:
@@ -97,8 +98,8 @@ class Seen:
     def at(self, u: Tensor, v: Tensor) -> Tensor:
         return self.source.brightness(self.w, u, v)
 
-    def slopes(self, places: Vector, along: Vector) -> Tensor:
-        return self.source.slopes(self.w, *places)
+    def slopes(self, places: Vector, along: Vector, block: int = 1) -> Tensor:
+        return gathered(self.source.slopes(self.w, *places), block)
 
     def of(self, p: Parameters) -> Brightness:
         return partial(on_the_sky, self, p)

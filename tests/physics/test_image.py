@@ -25,6 +25,7 @@ from lenspipe.image.light import Light
 from lenspipe.image.noise import noise_map, noise_of_data, signal_to_noise
 from lenspipe.image.psf import Convolution, gaussian_kernel, of_pixels
 from lenspipe.image.simulator import Optics, Simulator, canonical
+from lenspipe.image.source_plane import sample, sample_blocks
 from lenspipe.lens.profiles import Composite
 from lenspipe.lens.table import DeflectionTable
 from lenspipe.optics import line_of_sight
@@ -178,6 +179,22 @@ def test_whole_image_against_lenstronomy(supersampling: int, of_the_psf: int) ->
     ours = whole_image(supersampling, kernel, psf_supersampling=of_the_psf) - 0.3
     reference = reference / SCALE**2  # its amplitudes are per square arcsec
     assert np.abs(ours - reference).max() < 1e-4 * reference.max()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_averaged_over_blocks_of_points(interpolation: str, dtype: torch.dtype) -> None:
+    """As one by one, over two lenses, within, on and beyond the edge; without numbers nothing."""
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randn(2, 5, 16, 16, generator=generator, dtype=dtype)
+    x, y = 0.6 * torch.rand(2, 2, 12, 18, generator=generator, dtype=dtype)
+    x[0], y[1, :2], x[1, 3, 4:6] = -x[0], 0.5, 3e9
+    for block in (1, 2, 3, 6):
+        one_by_one = torch.nn.functional.avg_pool2d(sample(images, x, y, interpolation), block)
+        averaged = sample_blocks(images, x, y, interpolation, block)
+        torch.testing.assert_close(averaged, one_by_one, rtol=0, atol=2e-5 if dtype == torch.float32 else 1e-12)
+    x[1] = torch.nan
+    assert not bool(sample_blocks(images, x, y, interpolation)[1].any())
 
 
 @pytest.mark.filterwarnings("ignore")

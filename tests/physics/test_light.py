@@ -73,6 +73,29 @@ def test_a_multi_gaussian_expansion_is_its_gaussians(points: tuple[Tensor, Tenso
     torch.testing.assert_close(ours, torch.stack(each).sum(0), rtol=1e-12, atol=1e-12)
 
 
+def test_derivatives_of_a_mixture_of_gaussians() -> None:
+    """First and second ones, in both modes, of two lenses with their own amplitudes and of two with the same."""
+    generator = torch.Generator().manual_seed(3)
+    radius2, *own = (torch.rand(*shape, generator=generator).double() for shape in ((2, 2, 3), (2, 1, 1, 4), (4,)))
+    for amplitudes, rates in (own, own[::-1]):
+        inputs = tuple(t.requires_grad_() for t in (radius2, amplitudes, -rates.detach()))
+        expected = (inputs[1] * torch.exp(inputs[2] * radius2[..., None])).sum(-1)
+        torch.testing.assert_close(light.mixture(*inputs), expected, rtol=1e-12, atol=0)
+        assert torch.autograd.gradcheck(light.mixture, inputs, check_forward_ad=True, check_batched_forward_grad=True)
+        assert torch.autograd.gradgradcheck(light.mixture, inputs)
+
+
+def test_gaussians_far_out_are_nothing() -> None:
+    """Where they underflow, in single precision, too: their derivatives as well."""
+    inputs = [torch.tensor(values, requires_grad=True) for values in ([[0.0, 1.0, 1e4]], [[2.0]], [[-90.0]])]
+    total = light.mixture(inputs[0], inputs[1][..., None, :], inputs[2][..., None, :])
+    torch.testing.assert_close(total, torch.tensor([[2.0, 0.0, 0.0]]), rtol=1e-6, atol=1e-30)
+    of_radius2, of_amplitude, of_rate = torch.autograd.grad(total.sum(), inputs)
+    torch.testing.assert_close(of_radius2, torch.tensor([[-180.0, 0.0, 0.0]]), rtol=1e-6, atol=1e-30)
+    assert float(of_amplitude) == pytest.approx(1.0)
+    assert abs(float(of_rate)) < 1e-25
+
+
 @pytest.mark.parametrize("q", [0.6, 1.0])
 def test_slopes_of_light_are_those_of_forward_mode(q: float, points: tuple[Tensor, Tensor]) -> None:
     """A component of each profile, with respect to every parameter; some of them alone, in any order."""
