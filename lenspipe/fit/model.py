@@ -235,8 +235,8 @@ class LensModel:
             total = total + light
             of_named = of_named + self.light_slopes(values, simulator)
         of_named *= slopes[..., None, None]
-        rays = simulator.gathered(torch.cat([total[:, None], of_named], 1))
-        images = simulator.blurred(torch.cat([rays, of_latents], 1))
+        along_rays = simulator.gathered(torch.cat([total[:, None], of_named], 1))
+        images = simulator.blurred(torch.cat([along_rays, of_latents], 1))
         if "background" in self.priors.priors:
 
             def background(values: Tensor) -> tuple[Tensor]:
@@ -273,9 +273,7 @@ class LensModel:
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
         gradient, hessian = w.new_zeros(*w.shape, dtype=torch.float64), torch.diag_embed(torch.zeros_like(w).double())
         for part in self.parts(self.parameters(w), self.view(w), rows):
-            named, rays = len(self.priors.free), self.optics.supersampling**2
-            seen = rays * named + self.optics.psf_supersampling**2 * self.source.size
-            per_lens = part.data[0].numel() * seen
+            per_lens = part.data[0].numel() * self.optics.supersampling**2 * self.size
             for piece in part.split(max(1, CHUNK_ELEMENTS // per_lens)):
                 residuals, jacobian = self.linearise(w[piece.places], piece)
                 chi2[piece.places] = piece.dark + residuals.double().square().sum(-1)
