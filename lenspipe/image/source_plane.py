@@ -42,7 +42,7 @@ def gathered(rays: Tensor, block: int) -> Tensor:
     return rays if block == 1 else functional.avg_pool2d(rays, block)
 
 
-def sample_blocks(images: Tensor, x: Tensor, y: Tensor, interpolation: str, block: int = 1) -> Tensor:
+def sample_blocks(images: Tensor, x: Tensor, y: Tensor, interpolation: str, block: int) -> Tensor:
     """What `sample` has, averaged over blocks of block x block points: [lens, channel, ny / block, nx / block].
 
     For many channels, seen at the same points: what a block takes of each source pixel is found once for all of them.

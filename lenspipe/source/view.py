@@ -54,7 +54,7 @@ class Drawn:
         """Brightness there."""
         return sample(self.images[:, None], u, v, self.interpolation)[:, 0]
 
-    def slopes(self, places: Vector, along: Vector, block: int = 1) -> Tensor:
+    def slopes(self, places: Vector, along: Vector, block: int) -> Tensor:
         """Derivatives with respect to w, [n, size, ny, nx], means over blocks of so many places a side.
 
         along: [n, ny, nx] each, those of the brightness along u and v. The image is linear in the source, whose lead
@@ -98,7 +98,7 @@ class Seen:
     def at(self, u: Tensor, v: Tensor) -> Tensor:
         return self.source.brightness(self.w, u, v)
 
-    def slopes(self, places: Vector, along: Vector, block: int = 1) -> Tensor:
+    def slopes(self, places: Vector, along: Vector, block: int) -> Tensor:
         return gathered(self.source.slopes(self.w, *places), block)
 
     def of(self, p: Parameters) -> Brightness:

@@ -194,7 +194,7 @@ def test_images_averaged_over_blocks_of_points(interpolation: str, dtype: torch.
         averaged = sample_blocks(images, x, y, interpolation, block)
         torch.testing.assert_close(averaged, one_by_one, rtol=0, atol=2e-5 if dtype == torch.float32 else 1e-12)
     x[1] = torch.nan
-    assert not bool(sample_blocks(images, x, y, interpolation)[1].any())
+    assert not bool(sample_blocks(images, x, y, interpolation, 1)[1].any())
 
 
 @pytest.mark.filterwarnings("ignore")
