@@ -23,7 +23,7 @@ from lenspipe.prior_map import PriorMap
 from lenspipe.source.base import Source, pixel_axis, pushed_forward
 from lenspipe.source.view import Drawn, Seen, view
 
-CHUNK_ELEMENTS = 8_000_000  # derivatives of rays [lens, ray, unknown] held at once
+CHUNK_ELEMENTS = 8_000_000  # derivatives of rays [lens, ray, unknown], or of the source's pixels, held at once
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,8 @@ class LensModel:
         chi2 = w.new_zeros(len(w), dtype=torch.float64)
         gradient, hessian = w.new_zeros(*w.shape, dtype=torch.float64), torch.diag_embed(torch.zeros_like(w).double())
         for part in self.parts(self.parameters(w), self.view(w), rows):
-            per_lens = part.data[0].numel() * self.optics.supersampling**2 * self.size
+            rays = part.data[0].numel() * self.optics.supersampling**2
+            per_lens = max(rays, self.source.pixels**2) * self.size
             for piece in part.split(max(1, CHUNK_ELEMENTS // per_lens)):
                 residuals, jacobian = self.linearise(w[piece.places], piece)
                 chi2[piece.places] = piece.dark + residuals.double().square().sum(-1)

@@ -1,4 +1,7 @@
-"""Light profiles: surface brightness at (x, y) ["], as pure functions of broadcastable tensors."""
+"""Light profiles: surface brightness at (x, y) ["], as pure functions of tensors.
+
+x, y: [lens, ...]; parameters are numbers or [lens, 1, ...].
+"""
 
 from __future__ import annotations
 
@@ -88,9 +91,11 @@ def mixture(radius2: Tensor, amplitudes: Tensor, rates: Tensor) -> Tensor:
     radius2: [lens, ...]; the others are [k] or [lens, 1, ..., k].
     """
     shape = torch.broadcast_shapes(radius2.shape, amplitudes.shape[:-1], rates.shape[:-1])
-    own = *shape[:1], *[1] * (len(shape) - 1)
-    amplitudes, rates = (lines.expand(*own, -1).reshape(-1, lines.shape[-1]) for lines in (amplitudes, rates))
-    return _Mixture.apply(radius2.expand(shape).reshape(len(rates), -1), amplitudes, rates)[0].reshape(shape)
+    lenses = 1 if all(lines.shape[:-1].numel() == 1 for lines in (amplitudes, rates)) else shape[0]
+    own = *[lenses] * min(1, len(shape)), *[1] * (len(shape) - 1)
+    amplitudes, rates = (lines.expand(*own, -1).reshape(lenses, lines.shape[-1]) for lines in (amplitudes, rates))
+    places = radius2.expand(shape).reshape(lenses, shape.numel() // max(1, lenses))
+    return _Mixture.apply(places, amplitudes, rates)[0].reshape(shape)
 
 
 def columns(radius2: Tensor, rates: Tensor) -> Tensor:
@@ -101,7 +106,8 @@ def columns(radius2: Tensor, rates: Tensor) -> Tensor:
 class _Mixture(torch.autograd.Function):
     """Of radius2 [lens, n], amplitudes and rates [lens, k]: the sum of Gaussians [lens, n], and each of them.
 
-    With the derivatives written out they are gone over a few times, not a dozen.
+    With the derivatives written out they are gone over a few times, not a dozen. Second derivatives are those of
+    reverse mode twice; those by forward mode of reverse mode are wrong where gradients are not enabled.
     """
 
     generate_vmap_rule = True
@@ -171,7 +177,7 @@ class Light:
         return component_parameters(self.profiles, LIGHT_PROFILES)
 
     def brightness(self, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Sum of the surface brightnesses; x, y ["] and parameters broadcastable."""
+        """Sum of the surface brightnesses; x, y ["]."""
         total = torch.zeros_like(x)
         for component, profile in self.profiles.items():
             total = total + PROFILES[profile](x, y, **self._own(component, profile, parameters))

@@ -45,12 +45,15 @@ def gathered(rays: Tensor, block: int) -> Tensor:
 def sample_blocks(images: Tensor, x: Tensor, y: Tensor, interpolation: str, block: int) -> Tensor:
     """What `sample` has, averaged over blocks of block x block points: [lens, channel, ny / block, nx / block].
 
-    For many channels, seen at the same points: what a block takes of each source pixel is found once for all of them.
-    Nothing is seen at points that are not numbers.
+    images: [lens, channel, n, n], where lenses may share their memory; x, y: [lens, ny, nx]. For many channels, seen at
+    the same points: what a block takes of each source pixel is found once for all of them. Unlike `sample` it sees
+    nothing at points that are not finite.
     """
-    lenses, n = len(images), images.shape[-1]
+    (lenses, ny, nx), n = x.shape, images.shape[-1]
+    if images.stride(0) == 0:
+        images = images[:1]
     (column, of_column), (row, of_row) = (_taps(axis, n, interpolation) for axis in (x, y))
-    first = n * n * torch.arange(lenses, dtype=torch.int32, device=x.device)[:, None, None, None, None]
+    first = n * n * torch.arange(len(images), dtype=torch.int32, device=x.device)[:, None, None, None, None]
     place = first + n * row[..., :, None] + column[..., None, :]
     weight = of_row[..., :, None] * of_column[..., None, :] / block**2
 
@@ -61,7 +64,7 @@ def sample_blocks(images: Tensor, x: Tensor, y: Tensor, interpolation: str, bloc
 
     table = images.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
     seen = functional.embedding_bag(bags(place), table, per_sample_weights=bags(weight), mode="sum")
-    return seen.unflatten(0, (lenses, x.shape[1] // block, -1)).movedim(-1, 1)
+    return seen.unflatten(0, (lenses, ny // block, nx // block)).movedim(-1, 1)
 
 
 def _taps(at: Tensor, n: int, interpolation: str) -> tuple[Tensor, Tensor]:

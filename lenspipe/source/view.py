@@ -55,9 +55,9 @@ class Drawn:
         return sample(self.images[:, None], u, v, self.interpolation)[:, 0]
 
     def slopes(self, places: Vector, along: Vector, block: int) -> Tensor:
-        """Derivatives with respect to w, [n, size, ny, nx], means over blocks of so many places a side.
+        """Derivatives with respect to w, averaged over blocks of places: [n, size, ny / block, nx / block].
 
-        along: [n, ny, nx] each, those of the brightness along u and v. The image is linear in the source, whose lead
+        along: those of the brightness along u and v, [n, ny, nx] each. The image is linear in the source, whose lead
         also moves the source by as much as the centre of it moves.
         """
         assert self.derivatives is not None

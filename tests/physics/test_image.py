@@ -184,7 +184,7 @@ def test_whole_image_against_lenstronomy(supersampling: int, of_the_psf: int) ->
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_images_averaged_over_blocks_of_points(interpolation: str, dtype: torch.dtype) -> None:
-    """As one by one, over two lenses, within, on and beyond the edge; without numbers nothing."""
+    """As one by one, over two lenses, within, on and beyond the edge; without numbers nothing, nor infinitely far."""
     generator = torch.Generator().manual_seed(8)
     images = torch.randn(2, 5, 16, 16, generator=generator, dtype=dtype)
     x, y = 0.6 * torch.rand(2, 2, 12, 18, generator=generator, dtype=dtype)
@@ -193,8 +193,10 @@ def test_images_averaged_over_blocks_of_points(interpolation: str, dtype: torch.
         one_by_one = torch.nn.functional.avg_pool2d(sample(images, x, y, interpolation), block)
         averaged = sample_blocks(images, x, y, interpolation, block)
         torch.testing.assert_close(averaged, one_by_one, rtol=0, atol=2e-5 if dtype == torch.float32 else 1e-12)
-    x[1] = torch.nan
-    assert not bool(sample_blocks(images, x, y, interpolation, 1)[1].any())
+    shared = sample_blocks(images[:1].expand(2, -1, -1, -1), x, y, interpolation, 2)
+    torch.testing.assert_close(shared, sample_blocks(images[[0, 0]], x, y, interpolation, 2), rtol=0, atol=0)
+    x[0], x[1] = torch.nan, torch.inf
+    assert not bool(sample_blocks(images, x, y, interpolation, 1).any())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -85,9 +85,22 @@ def test_derivatives_of_a_mixture_of_gaussians() -> None:
         assert torch.autograd.gradgradcheck(light.mixture, inputs)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 5), (7,), (1,), (), (0, 4)])
+def test_numbers_do_for_parameters(shape: tuple[int, ...]) -> None:
+    """Whatever the places are; and one value a lens where the first axis is that of lenses."""
+    radius2 = torch.rand(shape, generator=torch.Generator().manual_seed(4)).double()
+    amplitudes, rates = torch.tensor([1.0, 2.0]).double(), torch.tensor([-1.0, -3.0]).double()
+    expected = torch.exp(-radius2) + 2 * torch.exp(-3 * radius2)
+    torch.testing.assert_close(light.mixture(radius2, amplitudes, rates), expected)
+    if shape:
+        own = amplitudes.expand(shape[0], *[1] * (len(shape) - 1), 2)
+        torch.testing.assert_close(light.mixture(radius2, own, rates), expected)
+
+
 def test_gaussians_far_out_are_nothing() -> None:
     """Where they underflow, in single precision, too: their derivatives as well."""
     inputs = [torch.tensor(values, requires_grad=True) for values in ([[0.0, 1.0, 1e4]], [[2.0]], [[-90.0]])]
+    assert float(light.columns(inputs[0], inputs[2]).detach().min()) == pytest.approx(np.exp(light.FAINTEST))
     total = light.mixture(inputs[0], inputs[1][..., None, :], inputs[2][..., None, :])
     torch.testing.assert_close(total, torch.tensor([[2.0, 0.0, 0.0]]), rtol=1e-6, atol=1e-30)
     of_radius2, of_amplitude, of_rate = torch.autograd.grad(total.sum(), inputs)

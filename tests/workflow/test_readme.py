@@ -29,6 +29,7 @@ def blocks(language: str, *pages: str) -> list[str]:
 
 LINES = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines() if line]
 NAMED = r"`((?:workflow|lenspipe|envs|tests|docs)/[\w./]+)`"
+SECTION = r"\]\(((?!http)[^)#]*)#([^)]+)\)"
 COMMANDS = [line for line in LINES if not line.startswith("#")]
 
 
@@ -142,9 +143,9 @@ def test_files_that_are_named_exist() -> None:
 
 
 def test_sections_that_are_linked_exist() -> None:
-    for path, page in PAGES.items():
-        for to, section in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", page):
-            target = PAGES[(path.parent / to).resolve()] if to else page
-            titles = re.findall(r"^#+ (.+)$", target, re.MULTILINE)
-            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert section in anchors, f"{path}: {to}#{section}"
+    links = [(path, *link) for path, page in PAGES.items() for link in re.findall(SECTION, page)]
+    assert len(links) >= 3
+    for path, to, section in links:
+        prose = re.sub(r"^```.*?^```$", "", PAGES[(path.parent / to).resolve() if to else path], flags=re.M | re.S)
+        anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.+)$", prose, re.M)]
+        assert section in anchors, f"{path}: {to}#{section}"
