@@ -100,7 +100,7 @@ def test_numbers_do_for_parameters(shape: tuple[int, ...]) -> None:
 def test_gaussians_far_out_are_nothing() -> None:
     """Where they underflow, in single precision, too: their derivatives as well."""
     inputs = [torch.tensor(values, requires_grad=True) for values in ([[0.0, 1.0, 1e4]], [[2.0]], [[-90.0]])]
-    assert float(light.columns(inputs[0], inputs[2]).detach().min()) == pytest.approx(np.exp(light.FAINTEST))
+    assert float(light.columns(*(inputs[i].detach() for i in (0, 2))).min()) > torch.finfo(torch.float32).tiny
     total = light.mixture(inputs[0], inputs[1][..., None, :], inputs[2][..., None, :])
     torch.testing.assert_close(total, torch.tensor([[2.0, 0.0, 0.0]]), rtol=1e-6, atol=1e-30)
     of_radius2, of_amplitude, of_rate = torch.autograd.grad(total.sum(), inputs)
