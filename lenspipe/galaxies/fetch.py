@@ -55,7 +55,8 @@ def fetch_sample(sample: str, folder: Path, record: str = RECORD, keep_archive: 
     record: its address in Zenodo's REST API. Raises InputError for an unknown sample, an address that does not answer
     and a file that is not the record's, LenspipeError where the disk has no room or cannot be written to.
     """
-    _check_possible(sample)
+    if sample not in get_args(Sample):
+        raise InputError(f"sample {sample}: no such COSMOS sample; give one of {', '.join(get_args(Sample))}")
     target = folder / f"COSMOS_{sample}_training_sample"
     catalogue = target / f"real_galaxy_catalog_{sample}.fits"
     with _plain_disk_errors(folder):
@@ -71,13 +72,6 @@ def fetch_sample(sample: str, folder: Path, record: str = RECORD, keep_archive: 
         if not keep_archive:
             packed.unlink()
     return catalogue
-
-
-def _check_possible(sample: str) -> None:
-    if sample not in get_args(Sample):
-        raise InputError(f"sample {sample}: no such COSMOS sample; give one of {', '.join(get_args(Sample))}")
-    if not hasattr(tarfile, "data_filter"):
-        raise LenspipeError("this Python would unpack paths outside the folder too; use 3.11.4 or later")
 
 
 @contextmanager
@@ -226,13 +220,19 @@ def _unpack(packed: Path, catalogue: Path) -> None:
 
 
 def _extract(packed: Path, folder: Path) -> None:
-    """Extract an archive. Raises InputError where it is damaged or has a member outside the folder."""
+    """Extract an archive. Raises InputError where it is damaged or has a member outside the folder or a link."""
     try:
         with (
             rich.progress.open(packed, "rb", description="unpacking", console=console) as stream,
             tarfile.open(fileobj=stream, mode="r:gz") as members,
         ):
-            members.extractall(folder, filter="data")
+            members.extraction_filter = getattr(tarfile, "data_filter", None)  # there from Python 3.11.4 on
+            for member in members:
+                if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+                    raise tarfile.TarError(f"{member.name} is outside of the folder")
+                if not (member.isfile() or member.isdir()):
+                    raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
+                members.extract(member, folder, set_attrs=False)
     except (tarfile.TarError, BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{packed}: cannot be unpacked ({error}), though its checksum is the record's; give another record"

@@ -412,13 +412,16 @@ def test_an_unknown_sample_is_refused(zenodo: Zenodo, tmp_path: Path) -> None:
     assert zenodo.records == 0
 
 
-def test_a_python_without_safe_unpacking_is_refused(
-    zenodo: Zenodo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(tarfile, "data_filter")
-    with pytest.raises(LenspipeError, match=r"use 3\.11\.4 or later"):
-        fetch_sample("23.5", tmp_path, zenodo.record)
-    assert zenodo.records == 0
+def test_a_link_is_refused(zenodo: Zenodo, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        link = tarfile.TarInfo(f"{NAME}/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/tmp"
+        tar.addfile(link)
+    zenodo.archive = buffer.getvalue()
+    with pytest.raises(InputError, match="link is neither a file nor a folder"):
+        fetch_sample("23.5", tmp_path / "cosmos", zenodo.record)
+    assert files_below(tmp_path) == {f"cosmos/{ARCHIVE}": zenodo.archive}
 
 
 def test_the_other_sample_is_another_file(zenodo: Zenodo, tmp_path: Path) -> None:
