@@ -92,7 +92,7 @@ def mixture(radius2: Tensor, amplitudes: Tensor, rates: Tensor) -> Tensor:
     """
     shape = torch.broadcast_shapes(radius2.shape, amplitudes.shape[:-1], rates.shape[:-1])
     lenses = 1 if all(lines.shape[:-1].numel() == 1 for lines in (amplitudes, rates)) else shape[0]
-    own = *[lenses] * min(1, len(shape)), *[1] * (len(shape) - 1)
+    own = (lenses, *[1] * (len(shape) - 1))[: len(shape)]
     amplitudes, rates = (lines.expand(*own, -1).reshape(lenses, lines.shape[-1]) for lines in (amplitudes, rates))
     places = radius2.expand(shape).reshape(lenses, shape.numel() // max(1, lenses))
     return _Mixture.apply(places, amplitudes, rates)[0].reshape(shape)

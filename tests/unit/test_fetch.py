@@ -412,6 +412,18 @@ def test_an_unknown_sample_is_refused(zenodo: Zenodo, tmp_path: Path) -> None:
     assert zenodo.records == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*filter.*:DeprecationWarning")  # of Python 3.12 and 3.13
+def test_a_python_without_filters_unpacks_as_safely(
+    zenodo: Zenodo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    assert fetch_sample("23.5", tmp_path / "cosmos", zenodo.record).read_bytes() == CONTENT[f"{NAME}/{CATALOGUE}"]
+    zenodo.archive = packed({**CONTENT, "../stray.txt": b"stray"})
+    with pytest.raises(InputError, match=r"cannot be unpacked \(.*stray.txt is outside"):
+        fetch_sample("23.5", tmp_path / "other", zenodo.record)
+    assert not list(tmp_path.rglob("stray.txt"))
+
+
 def test_a_link_is_refused(zenodo: Zenodo, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
