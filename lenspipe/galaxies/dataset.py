@@ -10,7 +10,6 @@ import xarray as xr
 from torch import Tensor
 
 from lenspipe.errors import InputError
-from lenspipe.galaxies.denoise import noise_level
 
 
 def evenly(size: int, count: int) -> list[int]:
@@ -21,21 +20,24 @@ def evenly(size: int, count: int) -> list[int]:
 def open_galaxies(path: Path, split: str) -> xr.Dataset:
     """The galaxies of one split, lazily; the variables are those that `ingest` writes.
 
-    Raises InputError where the file is missing or the split holds no galaxy.
+    Raises InputError where the file is missing or unfinished, or the split holds no galaxy.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no galaxies here; run the stage galaxies first")
-    galaxies = xr.open_zarr(path, consolidated=False)
+    try:
+        galaxies = xr.open_zarr(path, consolidated=False)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"{path}: unfinished or damaged ({error}); run the stage galaxies again") from None
     chosen = galaxies.isel(galaxy=(galaxies["split"] == split).to_numpy())
     if chosen.sizes["galaxy"] == 0:
-        raise InputError(f"{path}: no galaxies in the split {split!r}; raise galaxies.{split}_fraction or add galaxies")
+        remedy = "add galaxies" if split == "train" else f"raise galaxies.{split}_fraction or add galaxies"
+        raise InputError(f"{path}: no galaxies in the split {split!r}; {remedy}")
     return chosen
 
 
 def noise_of(galaxies: xr.Dataset) -> Tensor:
-    """Pixel noise [galaxy] of galaxies, estimated from the image where it is not known."""
-    pairs = zip(galaxies["image"].to_numpy().astype(float), galaxies["noise_sd"].to_numpy(), strict=True)
-    return torch.tensor([noise_level(image, sd) for image, sd in pairs], dtype=torch.float32)
+    """Pixel noise [galaxy] of galaxies."""
+    return torch.from_numpy(galaxies["noise_sd"].to_numpy()).float()
 
 
 def galaxy_images(galaxies: Path, split: str) -> Tensor:

@@ -19,6 +19,7 @@ from lenspipe.artefact import git_commit, versions, written_whole
 from lenspipe.config import Galaxies
 from lenspipe.galaxies.archive import BROKEN, StampArchive
 from lenspipe.galaxies.catalogue import GalaxyStamp, ImageFile
+from lenspipe.galaxies.denoise import estimated_noise
 from lenspipe.galaxies.neighbours import without_neighbours
 from lenspipe.galaxies.psf import psf_fwhms
 from lenspipe.galaxies.selection import Tally, square
@@ -35,7 +36,7 @@ class Galaxy:
 
     name: str
     image: NDArray[np.float32]  # [64, 64], peak 1
-    noise_sd: float  # pixel noise [peak flux]; 0: not known
+    noise_sd: float  # pixel noise [peak flux], estimated where the catalogue does not know it
     pixel_scale: float  # ["]
 
 
@@ -135,7 +136,7 @@ def learnable(settings: Galaxies, stamp: GalaxyStamp) -> Galaxy:
     """The square image of peak 1, with the noise and pixel scale that it has then."""
     cutout, side = square(stamp, settings), settings.stamp_size
     image, peak = normalised(centred(feather(downscale(cutout, side), settings.edge_feather)))
-    noise_sd = stamp.noise_sd * noise_factor(len(cutout), side) / peak
+    noise_sd = (stamp.noise_sd or estimated_noise(cutout)) * noise_factor(len(cutout), side) / peak
     return Galaxy(stamp.name, image.astype(np.float32), noise_sd, stamp.pixel_scale * len(cutout) / side)
 
 

@@ -348,6 +348,22 @@ def test_learnable_image_has_peak_one_and_the_scale_of_its_pixels() -> None:
     assert galaxy.noise_sd == pytest.approx(0.1 / 2 / 7, rel=0.01)
 
 
+@pytest.mark.parametrize("side", [64, 100, 160])
+def test_noise_that_is_not_known_is_estimated(side: int) -> None:
+    """Of a stamp that is zero outside the galaxy, before it is resampled: what is taken out of it later is its own."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    light = blob((side, side), (side - 1) / 2, (side - 1) / 2, side / 12)
+    image = light + 0.02 * np.random.default_rng(1).normal(size=light.shape)
+    image[np.hypot(x, y) > 0.4 * side] = 0
+    known, unknown = (
+        learnable(Galaxies(), stamp_of(image=image, zero_outside=True, noise_sd=sd)) for sd in (0.02, 0.0)
+    )
+    np.testing.assert_array_equal(known.image, unknown.image)
+    assert unknown.noise_sd == pytest.approx(known.noise_sd, rel=0.15)
+    quiet = learnable(Galaxies(), stamp_of(image=np.where(image == 0, 0, 1.0), zero_outside=True, noise_sd=0.0))
+    assert quiet.noise_sd == 0
+
+
 # --- errors
 
 

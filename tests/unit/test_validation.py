@@ -15,7 +15,6 @@ from lenspipe import artefact
 from lenspipe.config import LearnedSource, PixelGridSource, Report, ResidualField, Vae, Validation
 from lenspipe.config import SersicSource as SersicSettings
 from lenspipe.errors import InputError
-from lenspipe.galaxies.dataset import noise_of
 from lenspipe.report.source import noise_table, source_section, unusual_table
 from lenspipe.results import Results
 from lenspipe.source.pixel_grid import PixelGridSource as PixelGrid
@@ -201,10 +200,3 @@ def test_misfit_against_noise() -> None:
     table = signal_to_noise(SETTINGS, source, None, clean, torch.Generator().manual_seed(3))
     assert table["source"].to_numpy() == pytest.approx(1 + (0.1 / table["noise_sd"].to_numpy()) ** 2, rel=0.03)
     assert noise_table(table).rows[1][:2] == ["0.02", "50"]
-
-
-def test_noise_that_is_not_known_is_estimated() -> None:
-    noise = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(4))
-    images = 0.03 * noise
-    data = xr.Dataset({"image": (("galaxy", "y", "x"), images.numpy()), "noise_sd": ("galaxy", np.array([0.0, 0.5]))})
-    assert noise_of(data).tolist() == pytest.approx([0.03, 0.5], rel=0.05)
