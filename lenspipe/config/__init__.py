@@ -18,7 +18,7 @@ from lenspipe.config.galaxies import (
 from lenspipe.config.images import NAME, Catalogue, Mocks, ObservedLens, Preparation
 from lenspipe.config.lens import DeflectionTable, Lens, MassProfile, Priors
 from lenspipe.config.outcome import Report, Summary
-from lenspipe.config.run import Config, expand_path, json_schema, load_config
+from lenspipe.config.run import Config, expand_path, json_schema, load_config, read_settings
 from lenspipe.config.source import (
     Flow,
     LearnedSource,
@@ -65,4 +65,5 @@ __all__ = [
     "expand_path",
     "json_schema",
     "load_config",
+    "read_settings",
 ]

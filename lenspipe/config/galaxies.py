@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -41,8 +42,16 @@ class SurveyInput(Section):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files from outside that it names."""
+        """Files from outside that must be there."""
         return ()
+
+    @property
+    def read_where_there(self) -> tuple[str, ...]:
+        """Others, which are read where they are there."""
+        return ()
+
+
+TABLES = {"none": (), "bad_stamp": ("selection",), "bad_fits": ("fits",), "marginal": ("fits", "selection")}
 
 
 class RealGalaxyCatalogInput(Section):
@@ -60,8 +69,20 @@ class RealGalaxyCatalogInput(Section):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files from outside that it names."""
-        return tuple(path for path in (self.catalogue, self.fits, self.selection) if path)
+        """Files from outside that must be there."""
+        tables = {"fits": self.fits, "selection": self.selection}
+        return self.catalogue, *(
+            name or self._beside(kind) for kind, name in tables.items() if name or kind in TABLES[self.exclusion]
+        )
+
+    @property
+    def read_where_there(self) -> tuple[str, ...]:
+        """Others, which are read where they are there."""
+        return () if self.fits or "fits" in TABLES[self.exclusion] else (self._beside("fits"),)
+
+    def _beside(self, kind: str) -> str:
+        path = PurePath(self.catalogue)
+        return str(path.with_name(f"{path.stem}_{kind}.fits"))
 
 
 class StampArchiveInput(Section):
@@ -79,8 +100,13 @@ class StampArchiveInput(Section):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files from outside that it names."""
+        """Files from outside that must be there."""
         return (self.archive,)
+
+    @property
+    def read_where_there(self) -> tuple[str, ...]:
+        """Others, which are read where they are there."""
+        return ()
 
 
 GalaxyInput = Annotated[

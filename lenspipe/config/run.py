@@ -26,7 +26,7 @@ from lenspipe.lens.parameters import LIGHT_PROFILES, SERIES_Q_MIN, component_par
 class Config(Section):
     """All settings of a run."""
 
-    seed: int = Field(1, ge=0, description="seed of everything random")
+    seed: int = Field(1, ge=0, lt=2**63, description="seed of everything random")
     survey: Survey = Survey()
     galaxies: Galaxies = Galaxies()
     vae: Vae = Vae()
@@ -132,12 +132,30 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
-    return _validated(_parsed(path.read_text(), str(path)), str(path), whole=True)
+    return _validated(read_settings(path), str(path), whole=True)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a settings file says, not yet checked. Raises ConfigError where it is not YAML or gives a key twice."""
+    try:
+        return _parsed(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8: {error}") from None
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key may be given once; of two sections of one name PyYAML would drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _parsed(text: str, origin: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _OnceLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
@@ -152,14 +170,43 @@ def _validated(data: dict[str, Any], origin: str, *, whole: bool) -> Config:
         config = Config.model_validate(data)
         problems = config.conflicts() if whole else []
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
+        problems = [_explain(e, data) for e in _own(error.errors())]
     if problems:
         raise ConfigError("\n".join([f"{origin}: {len(problems)} bad setting(s)", *(f"  {p}" for p in problems)]))
     return config
 
 
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "config"
+def _own(errors: list[Any]) -> list[Any]:
+    """Errors without those of a list that is too short because its members are wrong."""
+    places = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short" or not any(p[: len(error["loc"])] == error["loc"] != p for p in places)
+    ]
+
+
+def _sort(section: dict[str, Any]) -> tuple[Any, Any]:
+    """What says of which sort a section is."""
+    return section.get("layout"), section.get("kind", "vae")
+
+
+def _key(place: tuple[str | int, ...], data: Any) -> str:
+    """A key as it is in the settings: pydantic's places have also the `kind` or `layout` by which a section is told."""
+    parts: list[str] = []
+    for part in place:
+        if parts and isinstance(data, dict) and part not in data and part in _sort(data):
+            continue
+        parts.append(str(part))
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            data = None
+    return ".".join(parts) or "config"
+
+
+def _explain(error: Any, data: Any) -> str:
+    key = _key(error["loc"], data)
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
         close = difflib.get_close_matches(name, _known_keys(), n=1)
@@ -190,5 +237,8 @@ def expand_path(text: str, base: Path | None = None) -> Path:
     for name in re.findall(r"\$\{(\w+)\}", text):
         if not os.environ.get(name):
             raise ConfigError(f"{text}: the environment variable {name} is not set; set it to the folder meant")
-    path = Path(os.path.expandvars(text)).expanduser()
+    try:
+        path = Path(os.path.expandvars(text)).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: {error}") from None
     return path if path.is_absolute() or base is None else base / path

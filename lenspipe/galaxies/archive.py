@@ -60,6 +60,7 @@ class StampArchive:
                 images = arrays[key]
         except BROKEN as error:
             raise InputError(f"{path}: not an npz archive, or cut short ({error}); fetch it again") from None
-        if images.ndim != 3:
-            raise InputError(f"{path}: {key} has shape {images.shape}; expected stamps [galaxy, y, x]")
+        if images.ndim != 3 or images.dtype.kind not in "fiu":
+            found = f"{key} has shape {images.shape} of {images.dtype}"
+            raise InputError(f"{path}: {found}; expected stamps [galaxy, y, x] of numbers")
         return np.asarray(images)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenspipe.errors import InputError
-from lenspipe.galaxies.fits_files import Table, opened, read_pixels, read_table, require
+from lenspipe.galaxies.fits_files import Table, opened, read_pixels, read_table, require, require_width
 
 REQUIRED = ("IDENT", "GAL_FILENAME", "GAL_HDU", "PIXEL_SCALE", "NOISE_VARIANCE")
 SERSIC = ("IDENT", "sersicfit", "fit_status")
@@ -168,5 +168,6 @@ def _sersic_fits(catalogue: Path, given: Path | None) -> dict[int, SersicFit] | 
     if given is None and not all(name in table for name in SERSIC):
         return None
     require(table, SERSIC, path)
+    require_width(table, {"fit_status": 5, "sersicfit": 4}, path)
     columns = zip(table["IDENT"], table["fit_status"], table["sersicfit"], strict=True)
     return {int(i): SersicFit(int(status[4]), *(float(v) for v in fit[1:4])) for i, status, fit in columns}

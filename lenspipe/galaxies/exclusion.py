@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lenspipe.errors import InputError
-from lenspipe.galaxies.fits_files import Table, read_table, require
+from lenspipe.galaxies.fits_files import Table, read_table, require, require_width
 
 Level = Literal["none", "bad_stamp", "bad_fits", "marginal"]
 Sample = Literal["23.5", "25.2"]
@@ -30,6 +30,7 @@ SELECTION = (
     "average_mask_adjacent_pixel_count",
     "peak_image_pixel_count",
 )
+WIDTHS = {"fit_status": 5, "sersicfit": 3, "hlr": 1}  # numbers a row that are looked at
 Rows = NDArray[np.bool_]
 
 
@@ -77,6 +78,9 @@ def _joined(
         )
     other = read_table(path)
     require(other, ("IDENT", *columns), path)
+    require_width(other, {name: width for name, width in WIDTHS.items() if name in columns}, path)
+    if not len(other["IDENT"]):
+        raise InputError(f"{path}: no rows; fetch it again")
     rows = {int(ident): row for row, ident in enumerate(other["IDENT"])}
     found = np.array([rows.get(int(ident), -1) for ident in table["IDENT"]])
     picked: dict[str, NDArray[Any]] = {name: other[name][found] for name in columns}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from lenspipe.errors import InputError
 
 Table = dict[str, NDArray[Any]]
+COMPRESSED = (".gz", ".bz2", ".xz", ".Z")  # files whose size says nothing of that of what is in them
 
 
 def read_table(path: Path) -> Table:
@@ -46,7 +48,7 @@ def read_pixels(hdus: fits.HDUList, column: str, number: int, path: Path, origin
     is cut short.
     """
     try:
-        hdu = hdus[number]
+        hdu = hdus[number if number >= 0 else len(hdus)]
     except IndexError:
         raise InputError(
             f"{path}: {origin} has {column} {number}, but the file has {len(hdus)} HDUs (0 to {len(hdus) - 1}); "
@@ -63,18 +65,33 @@ def read_pixels(hdus: fits.HDUList, column: str, number: int, path: Path, origin
 
 @contextmanager
 def opened(path: Path) -> Iterator[fits.HDUList]:
-    """A FITS file, memory-mapped; astropy's warning of a cut file is left to the readers, which check its length."""
+    """A FITS file, memory-mapped where it can be. Raises InputError where it is none or what is read breaks off.
+
+    astropy's warning of a cut file is left to the readers, which check its length.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*truncated.*|.*validating header.*")
         try:
-            hdus = fits.open(path, memmap=True)
-        except OSError as error:
+            with fits.open(path) as hdus:
+                yield hdus
+        except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: not a FITS file, or cut short ({error}); fetch it again") from None
-        with hdus:
-            yield hdus
+
+
+def require_width(table: Table, widths: dict[str, int], path: Path) -> None:
+    """Raise InputError for the first column [row, n] that has fewer than so many numbers a row."""
+    for name, width in widths.items():
+        found = table[name].shape
+        if len(found) != 2 or found[1] < width:
+            raise InputError(
+                f"{path}: column {name} has shape {found}; expected rows of {width} or more numbers, as in the "
+                "RealGalaxyCatalog layout"
+            )
 
 
 def _check_complete(hdus: fits.HDUList, number: int, path: Path) -> None:
+    if path.suffix in COMPRESSED:
+        return
     found, end = path.stat().st_size, hdus[number].fileinfo()["datLoc"] + hdus[number].size
     if end > found:
         raise InputError(f"{path}: cut short: HDU {number} ends at byte {end}, the file at {found}; fetch it again")

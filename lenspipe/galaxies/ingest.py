@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ COLUMNS = {"noise_sd": float, "pixel_scale": float, "psf_fwhm": float, "name": o
 Entry = dict[str, Any]  # of one galaxy: `image` and COLUMNS
 
 
-def ingest(settings: Galaxies, survey: Path | None, out: Path, seed: int, workers: int = 1) -> None:
+def ingest(settings: Galaxies, survey: Path, out: Path, seed: int, workers: int = 1) -> None:
     """Write `out` (galaxies.zarr) and, beside it, cuts.csv; the same for any number of `workers` (processes).
 
     galaxies.zarr has `image` float32 [galaxy, y, x] of peak 1, `noise_sd` [peak flux], `pixel_scale` ["], `psf_fwhm` of
@@ -62,7 +62,8 @@ def ingest(settings: Galaxies, survey: Path | None, out: Path, seed: int, worker
             _append(store, block)
         check_selection(settings, tallies, splits)
         cuts = [row for tally in tallies for row in tally.rows()]
-        record = provenance("galaxies", {"galaxies": settings}, sorted(set(paths)), seed, cuts=cuts, splits=splits)
+        read = sorted({*paths, *tables_read(settings.inputs)})
+        record = provenance("galaxies", {"galaxies": settings}, read, seed, cuts=cuts, splits=splits)
         zarr.open_group(store, mode="r+").attrs[KEY] = record
         with table.open("w", newline="") as stream:
             csv.writer(stream).writerows([("input", "cut", "removed", "left"), *cuts])
@@ -98,13 +99,19 @@ def random_split(settings: Galaxies, seed: int, name: str) -> str:
     return "validation" if draw < settings.test_fraction + settings.validation_fraction else "train"
 
 
-def input_path(source: GalaxyInput, survey: Path | None) -> Path:
-    """The catalogue or archive of an input. Raises InputError where the survey is asked for and there is none."""
+def input_path(source: GalaxyInput, survey: Path) -> Path:
+    """The catalogue or archive of an input. Raises InputError where the survey is asked for and is not there."""
     if isinstance(source, SurveyInput):
-        if survey is None:
-            raise InputError("galaxies.inputs has layout survey, but no survey was given; run the stage `survey` first")
+        if not (survey / CATALOGUE).is_file():
+            raise InputError(f"{survey / CATALOGUE}: no survey here; run the stage survey first")
         return survey / CATALOGUE
     return expand_path(source.catalogue if isinstance(source, RealGalaxyCatalogInput) else source.archive)
+
+
+def tables_read(inputs: Iterable[GalaxyInput]) -> list[Path]:
+    """Files from outside that the inputs name, or that lie beside those and are read too."""
+    paths = [expand_path(path) for source in inputs for path in (*source.files, *source.read_where_there)]
+    return [path for path in paths if path.is_file()]
 
 
 def input_label(source: GalaxyInput, path: Path) -> str:

@@ -54,7 +54,7 @@ class FlowLatent(nn.Module):
         super().__init__()
         self.gaussian = GaussianLatent(latents)
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # of the order in which layers couple the latents
+            torch.manual_seed(0)  # order in which layers couple the latents, and first weights
             self.flow = zuko.flows.MAF(
                 latents,
                 transforms=transforms,

@@ -239,6 +239,26 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("seed: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"seed: 1  # \xe9")
+    with pytest.raises(ConfigError, match=r"latin.yaml: not a text file in UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_a_key_is_given_once(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("fit: {draws: 50}\nseed: 1\nfit: {warmup: 30}\n")
+    with pytest.raises(ConfigError, match=r"twice.yaml: not valid YAML: fit given twice"):
+        load_config(tmp_path / "twice.yaml")
+    (tmp_path / "merged.yaml").write_text("fit: &fit {draws: 50}\nvae: {<<: {epochs: 3}, epochs: 4}\n")
+    assert load_config(tmp_path / "merged.yaml").vae.epochs == 4
+
+
+def test_keys_are_those_of_the_settings_and_nothing_is_told_twice() -> None:
+    stamps = {"layout": "stamp_archive", "archive": "y", "key": "a", "pixel_scale": 1, "noise_sd": -1}
+    settings = {"source": {"latent_densty": 1}, "galaxies": {"inputs": [stamps]}, "seed": 2**63}
+    with pytest.raises(ConfigError) as caught:
+        load_config(settings)
+    found = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert found == ["config", "  seed", "  galaxies.inputs.0.noise_sd", "  source.latent_densty"]
 
 
 def test_unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

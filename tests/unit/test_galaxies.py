@@ -22,8 +22,9 @@ from lenspipe.errors import InputError
 from lenspipe.galaxies import ingest as ingestion
 from lenspipe.galaxies.archive import StampArchive
 from lenspipe.galaxies.catalogue import GalaxyStamp, SersicFit, image_files
+from lenspipe.galaxies.dataset import open_galaxies
 from lenspipe.galaxies.exclusion import Level, Sample, excluded_rows
-from lenspipe.galaxies.ingest import ingest, random_split
+from lenspipe.galaxies.ingest import ingest, random_split, tables_read
 from lenspipe.galaxies.parts import learnable
 from lenspipe.galaxies.selection import CUTS, Tally, signal_to_noise
 from lenspipe.galaxies.stamps import (
@@ -368,15 +369,67 @@ def test_noise_that_is_not_known_is_estimated(side: int) -> None:
 
 
 def test_missing_catalogue_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"nowhere/real_galaxy_catalog_synthetic.fits: no such catalogue; expected a FITS"
-    ):
+    with pytest.raises(InputError, match=r"nowhere.fits: no such catalogue; expected a FITS"):
+        stamps_of(tmp_path / "nowhere.fits")
+
+
+def test_an_hdu_below_zero_is_not_counted_from_the_end(survey: Path) -> None:
+    change_table(survey / CATALOGUE, GAL_HDU=-1)
+    with pytest.raises(InputError, match=r"has GAL_HDU -1, but the file has \d+ HDUs"):
+        read_all(survey)
+
+
+def test_images_may_be_whole_numbers_and_packed(survey: Path) -> None:
+    plain = read_all(survey)
+    names = {str(name) for name in Table.read(survey / CATALOGUE)["GAL_FILENAME"]}
+    for name in names:
+        with fits.open(survey / name) as hdus:
+            for hdu in hdus:
+                if hdu.data is not None:
+                    hdu.data = (1000 * (hdu.data - hdu.data.min())).astype("uint16")
+            hdus.writeto(survey / f"{name}.gz")
+    change_table(survey / CATALOGUE, GAL_FILENAME=[f"{n}.gz" for n in Table.read(survey / CATALOGUE)["GAL_FILENAME"]])
+    packed = read_all(survey)
+    assert [stamp.name for stamp in packed] == [stamp.name for stamp in plain]
+    for one, other in zip(packed, plain, strict=True):
+        np.testing.assert_allclose(one.image, 1000 * (other.image - other.image.min()), atol=1)
+    cut = survey / f"{min(names)}.gz"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"fits.gz: .*cut short"):
+        read_all(survey)
+
+
+def test_columns_that_are_too_narrow_are_named(survey: Path) -> None:
+    path = survey / CATALOGUE.replace(".fits", "_fits.fits")
+    change_table(path, fit_status=np.ones(len(Table.read(path))))
+    with pytest.raises(InputError, match=r"_fits.fits: column fit_status has shape \(\d+,\); expected rows of 5"):
+        read_all(survey)
+
+
+def test_galaxies_that_were_not_written_whole_are_named(ingested: Path, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(ingested, tmp_path / "galaxies.zarr"))
+    (half / "zarr.json").write_text("{")
+    with pytest.raises(InputError, match=r"galaxies.zarr: unfinished or damaged .*run the stage galaxies again"):
+        open_galaxies(half, "train")
+    (half / "zarr.json").unlink()
+    with pytest.raises(InputError, match="unfinished or damaged"):
+        open_galaxies(half, "train")
+
+
+def test_tables_beside_a_catalogue_are_among_its_files(tmp_path: Path) -> None:
+    given: dict[str, object] = {"layout": "real_galaxy_catalog", "catalogue": "a/b.fits"}
+    plain, strict = (RealGalaxyCatalogInput.model_validate(given | {"exclusion": e}) for e in ("none", "marginal"))
+    assert (plain.files, plain.read_where_there) == (("a/b.fits",), ("a/b_fits.fits",))
+    assert (strict.files, strict.read_where_there) == (("a/b.fits", "a/b_fits.fits", "a/b_selection.fits"), ())
+    assert RealGalaxyCatalogInput.model_validate(given | {"fits": "c.fits"}).files == ("a/b.fits", "c.fits")
+    (tmp_path / "b_fits.fits").touch()
+    here = RealGalaxyCatalogInput.model_validate(given | {"catalogue": str(tmp_path / "b.fits")})
+    assert tables_read([here]) == [tmp_path / "b_fits.fits"]
+
+
+def test_a_survey_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere/real_galaxy_.*: no survey here; run the stage survey first"):
         ingest(EVEN, tmp_path / "nowhere", tmp_path / "galaxies.zarr", seed=1)
-
-
-def test_survey_that_was_not_given_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="layout survey, but no survey was given; run the stage `survey` first"):
-        ingest(EVEN, None, tmp_path / "galaxies.zarr", seed=1)
 
 
 def test_missing_image_file_is_named_with_the_row_that_names_it(survey: Path) -> None:
@@ -459,7 +512,7 @@ def test_missing_key_is_named_with_those_found(archive: Path) -> None:
 
 
 def test_array_that_holds_no_stamps_is_an_error(archive: Path) -> None:
-    with pytest.raises(InputError, match=r"redshift has shape \(30,\); expected stamps \[galaxy, y, x\]"):
+    with pytest.raises(InputError, match=r"redshift has shape \(30,\) of float64; expected stamps \[galaxy, y, x\]"):
         list(StampArchive(archive, "redshift", 0.06).stamps())
 
 
@@ -505,16 +558,22 @@ def test_empty_split_is_named(shared_survey: Path, tmp_path: Path, changes: dict
 
 
 def exclusion_tables(folder: Path) -> Path:
-    """Six galaxies, the first good, each of the others bad in one way; the last has no row in the other tables."""
-    ident = np.arange(1, 7)
-    columns = {"IDENT": ident, "stamp_flux": np.array([1.0, 1, 1, 1, -1, 1])}
-    selection = {"IDENT": ident[4::-1], "dmag": np.zeros(5), "sn_ellip_gauss": np.array([50.0, 50, 50, 15, 50])}
-    selection |= {"min_mask_dist_pixels": np.array([20.0, 20, 5, 20, 20])}
-    selection |= {"average_mask_adjacent_pixel_count": np.full(5, 0.5), "peak_image_pixel_count": np.full(5, 1.0)}
-    status = np.full((5, 5), 1)
-    status[0, 0] = 5
-    sersic = np.tile([1.0, 10, 2, 0.5, 0, 0, 0, 0], (5, 1))
-    fitted = {"IDENT": ident[:5], "fit_status": status, "sersicfit": sersic, "hlr": np.full((5, 3), 0.5)}
+    """Ten galaxies, the first good, each of the others odd in one way; the sixth has no row in the other tables.
+
+    The last four: a magnitude unlike the catalogue's; wide with a high index; a high index alone; a mask close by, and
+    an image without a peak.
+    """
+    others = np.array([5, 4, 3, 2, 1, 7, 8, 9, 10])
+    columns = {"IDENT": np.arange(1, 11), "stamp_flux": np.array([1.0, 1, 1, 1, -1, 1, 1, 1, 1, 1])}
+    selection = {"IDENT": others, "dmag": np.array([0.0, 0, 0, 0, 0, -0.9, 0, 0, 0])}
+    selection |= {"sn_ellip_gauss": np.array([50.0, 50, 50, 15, 50, 50, 50, 50, 50])}
+    selection |= {"min_mask_dist_pixels": np.array([20.0, 20, 5, 20, 20, 20, 20, 20, 5])}
+    selection |= {"average_mask_adjacent_pixel_count": np.array([0.5] * 8 + [0.1])}
+    selection |= {"peak_image_pixel_count": np.array([1.0] * 8 + [0.0])}
+    status, radius = np.full((9, 5), 1), np.full((9, 3), 0.5)
+    sersic = np.tile([1.0, 10, 2, 0.5, 0, 0, 0, 0], (9, 1))
+    status[4, 0], sersic[[6, 7], 2], radius[6, 0] = 5, 6, 1.5
+    fitted = {"IDENT": others, "fit_status": status, "sersicfit": sersic, "hlr": radius}
     catalogue = folder / "catalogue.fits"
     for path, table in (("", columns), ("_selection", selection), ("_fits", fitted)):
         Table(table).write(folder / f"catalogue{path}.fits")
@@ -524,11 +583,11 @@ def exclusion_tables(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("level", "sample", "kept"),
     [
-        ("none", "23.5", [1, 2, 3, 4, 5, 6]),
-        ("bad_fits", "23.5", [1, 2, 3, 4, 5]),  # one good fit of two is enough
-        ("bad_stamp", "23.5", [1, 4]),  # 2: signal-to-noise; 3: a mask close by; 5: flux
-        ("bad_stamp", "25.2", [1, 2, 3, 4]),
-        ("marginal", "25.2", [2, 3, 4]),
+        ("none", "23.5", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ("bad_fits", "23.5", [1, 2, 3, 4, 5, 7, 8, 9, 10]),  # one good fit of two is enough
+        ("bad_stamp", "23.5", [1, 4, 7, 8, 9]),  # 2: signal-to-noise; 3, 10: a mask close by; 5: flux
+        ("bad_stamp", "25.2", [1, 2, 3, 4, 7, 8, 9]),
+        ("marginal", "25.2", [2, 3, 4, 9]),
     ],
 )
 def test_exclusion_levels(tmp_path: Path, level: Level, sample: Sample, kept: list[int]) -> None:

@@ -9,12 +9,14 @@ sys.path.insert(0, workflow.basedir)
 
 from lenspipe.catalogue.fits_images import file_of
 from lenspipe.catalogue.tables import count_shards, stamp
-from lenspipe.config import expand_path, load_config
+from lenspipe.config import expand_path, load_config, read_settings
 from lenspipe.errors import LenspipeError
 from lenspipe.running import note_run, refuse_second_run
 from snakemake.exceptions import WorkflowError
 
 try:
+    for path in map(Path, workflow.configfiles):
+        read_settings(path)  # Snakemake drops the first of two sections of one name
     settings = load_config(dict(config))
     shards = [f"{number:04d}" for number in range(count_shards(settings))]
     files_of_tables = stamp(settings)
@@ -64,7 +66,9 @@ def galaxy_inputs():
     """What the stage `galaxies` waits for: the synthetic survey, where it is taken in, and catalogues from outside."""
     survey = ["results/survey/provenance.json"] if settings.has_survey else []
     return survey + present(
-        path for source in settings.galaxies.inputs for path in source.files
+        path
+        for source in settings.galaxies.inputs
+        for path in (*source.files, *source.read_where_there)
     )
 
 
