@@ -31,6 +31,7 @@ from lenspipe.errors import InputError, LenspipeError
 KEY = "lenspipe"
 RETIRED = ".retired"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 PACKAGES = (
@@ -84,11 +85,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the checkout the package is run from, with `+changes` where the tree is dirty; None outside git."""
+    """The commit of the checkout the package is run from, `+changes` where the package is another; None outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if dirty.strip() else "")
@@ -134,11 +135,11 @@ def written_whole(target: Path) -> Iterator[Path]:
             raise LenspipeError(
                 f"{target}: no space left to write it; make space and run again, what is finished is kept"
             ) from None
-        if not isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        if not isinstance(error, REFUSED) and error.errno != errno.EROFS:
             raise
         raise LenspipeError(
-            f"{error.filename or target}: cannot write here ({error.strerror}); "
-            "give another folder, or the right to write in this one"
+            f"{error.filename2 or error.filename or target}: cannot write here ({error.strerror}); "
+            "give another name or folder, or the right to write in this one"
         ) from None
     finally:
         if temporary.is_dir():

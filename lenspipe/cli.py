@@ -362,11 +362,13 @@ def show(path: Annotated[Path, typer.Argument(help="file or folder that a stage 
     """Say what a file of the results is: its stage, settings, versions and inputs."""
     with plain_errors():
         record = artefact.read_record(path)
+        if "stage" not in record:
+            raise InputError(f"{path}: a checkpoint, which is of no stage; what a stage has written says more")
     table = Table(show_header=False, box=None, title=escape(str(path)), title_justify="left")
     for key in ("stage", "seed", "commit"):
-        table.add_row(key, str(record[key]))
+        table.add_row(key, escape(str(record[key])))
     for key in ("facts", "settings", "inputs", "versions"):
-        table.add_row(key, json.dumps(record[key], indent=1))
+        table.add_row(key, escape(json.dumps(record[key], indent=1)))
     output.print(table)
 
 
@@ -385,4 +387,4 @@ def check_config(
         lenses = count_lenses(settings)
         if absent := [path for path in outside_files(settings) if not path.exists()]:
             raise InputError("\n".join(f"{path}: no such file" for path in absent))
-    console.print(f"{config if os.path.exists(config) else 'config'}: good; {lenses} lenses to fit")
+    console.print(f"{escape(config) if os.path.exists(config) else 'config'}: good; {lenses} lenses to fit")

@@ -56,9 +56,11 @@ def export(paths: Results, to: Path, names: Sequence[str] = ()) -> int:
     Each lens is a folder of its own name with <name>.json. Raises InputError for a lens without a posterior, one that
     is not in the catalogue beside the fits, and a profile that is not converted.
     """
+    if to.is_file() and to.suffix != ".zip":
+        raise InputError(f"{to}: a file; name a folder, or a file that ends in .zip")
     if to.is_dir() and any(to.iterdir()) and not _is_export(to):
         raise InputError(f"{to}: a folder with other things in it; name a new one, or a file that ends in .zip")
-    chosen = [find_lens(paths.fit, name) for name in names] or list(groups(paths.fit))
+    chosen = [find_lens(paths.fit, name) for name in dict.fromkeys(names)] or list(groups(paths.fit))
     if not chosen:
         raise InputError(f"{paths.fit}: no lens of this run has a posterior; its manifests shard-*.csv say why")
     inputs = [path for path in (paths.catalogue.with_name("lenses.csv"), *manifests(paths.fit)) if path.exists()]
@@ -289,10 +291,18 @@ def _files(lens: xr.Dataset, seen: xr.Dataset, settings: Mapping[str, Any]) -> I
 
 
 def _is_export(folder: Path) -> bool:
+    """Whether a folder holds what an export wrote, and nothing else that would go with it."""
     try:
-        return artefact.read_record(folder)["stage"] == STAGE
+        whole = (folder / "provenance.json").is_file() and artefact.read_record(folder)["stage"] == STAGE
     except InputError:
         return False
+    found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()} - {Path("provenance.json")}
+    return whole and all(path in {Path(path.parts[0], name) for name in _names(path.parts[0])} for path in found)
+
+
+def _names(lens: str) -> list[str]:
+    """The files of a lens."""
+    return [f"{lens}.json", *(f"{name}.fits" for name in ("image", "noise", "psf", "mask", "source"))]
 
 
 def _count(chosen: Iterable[Group]) -> int:

@@ -21,6 +21,10 @@ class ClusterError(LenspipeError):
     """The batch system or Dask's scheduler cannot be reached or refuses."""
 
 
+class DeviceError(LenspipeError):
+    """A GPU that has failed: its process can use it no more."""
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error of a library says, with its kind, for a message of our own."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,7 +10,13 @@ import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 MOST = 2**31 - 1  # bytes
-TOO_LITTLE = ("can't allocate memory", "cannot allocate memory", "can't start new thread")  # PyTorch, C library, Python
+TOO_LITTLE = (  # what PyTorch, the C library, Python, cuBLAS and CUDA say
+    "can't allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+    "cublas_status_alloc_failed",
+    "cuda error: out of memory",
+)
 
 
 def keep_freed_memory() -> None:
@@ -40,6 +46,11 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error).lower() for words in TOO_LITTLE)
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether the error says that a GPU has failed; all that its process asks of it later then fails too."""
+    return isinstance(error, torch.AcceleratorError) or "cuda error" in str(error).lower()
 
 
 def give_back_memory() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import dask
 
-from lenspipe.errors import InputError
+from lenspipe.errors import DeviceError, InputError
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ def dies_once(batch: Batch, traces: Path) -> str:
     if not trace.exists():
         trace.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return "fitted"
+
+
+def loses_its_gpu_once(batch: Batch, traces: Path) -> str:
+    """Work whose GPU fails the first time that a batch is tried."""
+    trace = traces / "".join(batch.names)
+    if not trace.exists():
+        trace.touch()
+        raise DeviceError("the GPU has failed")
     return "fitted"
 
 

@@ -20,12 +20,12 @@ import xarray as xr
 from lenspipe import artefact
 from lenspipe.catalogue.reading import read_batch
 from lenspipe.config import Config, load_config
-from lenspipe.errors import in_one_line
+from lenspipe.errors import DeviceError, in_one_line
 from lenspipe.fit import chains, derived, diagnostics, exploration, hmc, map_search, reference
 from lenspipe.fit.model import LensModel
 from lenspipe.fit.parts import write_part
 from lenspipe.lens.coordinates import ellipticity
-from lenspipe.memory import give_back_memory, keep_freed_memory, out_of_memory
+from lenspipe.memory import device_failed, give_back_memory, keep_freed_memory, out_of_memory
 from lenspipe.optics import read_optics
 from lenspipe.posteriors.store import interchangeable, parameter_names
 from lenspipe.prior_map import PriorMap
@@ -70,7 +70,7 @@ def device() -> torch.device:
 def fit_task(task: Task) -> Result:
     """Fit one batch; where it fails, every lens alone, so that one bad lens does not take the others with it.
 
-    Only numerical errors are a lens's own; others, of files and settings, are raised.
+    Only numerical errors are a lens's own; others, of files and settings, are raised, as is that of a GPU that failed.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -78,6 +78,8 @@ def fit_task(task: Task) -> Result:
         return task, [write_part(task.paths.parts(task.shard), fit_lenses(task))], {}
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         log.warning("failed: %s", " ".join(task.names), exc_info=True)
+        if device_failed(error) and not out_of_memory(error):
+            raise DeviceError(f"the GPU has failed: {in_one_line(error)}; run again: what is done is kept") from error
         if len(task.names) == 1:
             return task, [], {task.names[0]: NO_MEMORY * out_of_memory(error) + in_one_line(error)}
         pieces = halves(task) if out_of_memory(error) else one_by_one(task)

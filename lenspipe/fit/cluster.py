@@ -27,9 +27,10 @@ from dask.distributed import Client, Future, KilledWorker, Nanny, Scheduler, Spe
 from dask.utils import parse_bytes
 from distributed.comm import CommClosedError
 from distributed.security import Security
+from distributed.worker import get_worker
 
 from lenspipe.config import Cluster, expand_path
-from lenspipe.errors import ClusterError
+from lenspipe.errors import ClusterError, DeviceError
 
 log = logging.getLogger("lenspipe")
 
@@ -160,11 +161,19 @@ def lost(client: Client, error: BaseException) -> ClusterError:
 def logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path | None) -> Result:
     """Do the work, with everything that `lenspipe` logs in the batch's own file: where, when, how long, what failed.
 
+    Where its GPU fails a worker ends, since it can use it no more; its nanny starts another.
+
     Arrays that the work reads through Dask are read by itself. Else Dask would send pieces of them around as tasks, and
     let the worker begin another batch beside the one that waits for them.
     """
-    with dask.config.set(scheduler="synchronous"):
-        return work(attempt.task) if logs is None else _logged(attempt, work, logs)
+    try:
+        with dask.config.set(scheduler="synchronous"):
+            return work(attempt.task) if logs is None else _logged(attempt, work, logs)
+    except DeviceError:
+        with suppress(ValueError):  # not a worker
+            get_worker()
+            os._exit(1)
+        raise
 
 
 def _logged(attempt: Attempt[Task], work: Callable[[Task], Result], logs: Path) -> Result:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,24 +127,28 @@ def age(path: Path) -> float:
 
 def take_over(paths: Results, shard: int, hashes: Collection[str]) -> None:
     """Make parts of this shard from results that are in the stores of other shards."""
-    others = [store for store in stores(paths.fit) if store != paths.store(shard)] if hashes else []
     wanted = set(hashes)
-    elsewhere = {h: place for store in others for h, place in index_of_store(store).items() if h in wanted}
-    for (store, bucket), chosen in by_file(elsewhere.values()).items():
-        batch = loaded(store, bucket, chosen)
-        if batch is not None:
+    for store in stores(paths.fit):
+        if store == paths.store(shard) or not wanted:
+            continue
+        here = {h: place for h, place in index_of_store(store).items() if h in wanted}
+        for batch in loaded(store, here.values()) if here else []:
             write_part(paths.parts(shard), batch)
+            wanted -= set(batch["hash"].to_numpy().tolist())
 
 
-def loaded(store: Path, bucket: str, places: list[Place]) -> xr.Dataset | None:
-    """Rows of the store of another shard; None where it is damaged or was replaced in the meantime."""
+def loaded(store: Path, places: Iterable[Place]) -> Iterator[xr.Dataset]:
+    """Rows of the store of another shard, without lenses that are damaged, until it is replaced by another job."""
     try:
         before = store.stat().st_ino
-        batch = opened(store, bucket, places).load()
-        sound = store.stat().st_ino == before and not {place.name for place in places} & set(damaged(store))
+        unsound = set(damaged(store))
+        for (_, bucket), chosen in by_file(place for place in places if place.name not in unsound).items():
+            batch = opened(store, bucket, chosen).load()
+            if store.stat().st_ino != before:
+                return
+            yield batch
     except (OSError, ValueError, KeyError, RuntimeError, InputError):
-        return None
-    return batch if sound else None
+        return
 
 
 def guests(

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.progress import track
 
+from lenspipe.errors import InputError
 from lenspipe.posteriors.reading import posterior
 from lenspipe.posteriors.store import PARAMETERS, parameter_names
 from lenspipe.report import figures
@@ -63,6 +64,8 @@ def lens_section(row: dict[str, Any], paths: Results) -> dict[str, Any]:
     """Figures and tables of one lens."""
     name = str(row["name"])
     tree = posterior(paths.fit, name)
+    if "observed_data" not in tree:
+        raise InputError(f"{paths.catalogue}: {name} is not in it as it was fitted; run the stage catalogue, then fit")
     draws = tree["posterior"].to_dataset()
     for angle in filter(is_angle, parameter_names(draws)):
         draws[angle] = (("chain", "draw"), unwrapped(draws[angle].to_numpy()[None].astype(float))[0])

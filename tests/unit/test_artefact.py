@@ -51,6 +51,16 @@ def fill_the_disk(target: Path) -> None:
         Path("/dev/full").write_bytes(b"a byte too many")
 
 
+def test_a_folder_in_the_place_of_a_file_is_an_error_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "table.tex").mkdir()
+    with (
+        pytest.raises(LenspipeError, match=r"/table\.tex: cannot write here \(Is a directory\); give another name"),
+        artefact.written_whole(tmp_path / "table.tex") as new,
+    ):
+        new.write_text("a table")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.tex"]
+
+
 def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
     """And what was there stays."""
     target = tmp_path / "shard-0000.zarr"

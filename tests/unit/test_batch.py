@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lenspipe import memory
 from lenspipe.config import Config, Fit
+from lenspipe.errors import DeviceError
 from lenspipe.fit import batch, chains, hmc, map_search, stage
 from lenspipe.fit.batch import Task
 from lenspipe.fit.model import LensModel
@@ -78,6 +79,21 @@ def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path, monkeypatch:
     assert all(dataset is not None for dataset in datasets)
     assert [list(dataset["name"].to_numpy()) for dataset in datasets] == [["a"], ["b", "c"], ["d", "e"], ["f", "g"]]
     assert [list(dataset["hash"].to_numpy()) for dataset in datasets] == [["1"], ["2", "3"], ["4", "5"], ["6", "7"]]
+
+
+def test_a_gpu_that_failed_is_no_fault_of_a_lens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["CUDA error: an illegal memory access was encountered", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: x"])
+
+    def fit(task: Task) -> xr.Dataset:
+        raise RuntimeError(next(said))
+
+    monkeypatch.setattr(batch, "fit_lenses", fit)
+    task = Task("{}", Results(tmp_path), "b", ("one",), ("1",))
+    with pytest.raises(DeviceError, match="the GPU has failed: RuntimeError: CUDA error: an illegal"):
+        batch.fit_task(task)
+    assert batch.fit_task(task)[2]["one"].startswith(batch.NO_MEMORY)
+    with pytest.raises(DeviceError):
+        batch.fit_task(task)
 
 
 def test_a_lens_that_cannot_be_fitted_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

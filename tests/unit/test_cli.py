@@ -7,11 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from lenspipe import artefact
 from lenspipe.cli import SPINS, app
 from lenspipe.config import Config, PixelGridSource
 from lenspipe.source.stage import write_source
+from lenspipe.tensors import write_tensors
 from tests.conftest import ROOT
 
 STAGES = (
@@ -58,13 +61,20 @@ def test_show_says_what_a_file_is(tmp_path: Path) -> None:
         assert text in shown.output
 
 
+def test_show_leaves_brackets_alone(tmp_path: Path) -> None:
+    artefact.write_record(tmp_path, artefact.provenance("source", {}, [], where="data[v2]/[/old]"))
+    assert "data[v2]/[/old]" in lenspipe("show", tmp_path).output
+
+
 def test_show_of_something_else_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("not ours")
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 40)
     (tmp_path / "empty.safetensors").write_bytes(b"")
     (tmp_path / "zarr").mkdir()
     (tmp_path / "zarr/zarr.json").write_text("[1")
-    for name in ("note.txt", "absent.safetensors", "broken.safetensors", "empty.safetensors", "zarr"):
+    write_tensors(tmp_path / "checkpoint.safetensors", {"a": torch.zeros(1)}, {"names": ["x"]})
+    names = ("note.txt", "absent.safetensors", "broken.safetensors", "empty.safetensors", "zarr")
+    for name in (*names, "checkpoint.safetensors"):
         path = tmp_path / name
         shown = lenspipe("show", path)
         assert shown.exit_code == 1

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lenspipe import memory
 from lenspipe.config import Cluster
-from lenspipe.errors import ClusterError, InputError
+from lenspipe.errors import ClusterError, DeviceError, InputError
 from lenspipe.fit import cluster
 from lenspipe.fit.batch import Task as FitTask
 from lenspipe.fit.batch import fit_task
@@ -35,6 +35,7 @@ from tests.fan_out_work import (
     fitted,
     halves,
     kill_and_wait,
+    loses_its_gpu_once,
     reads_through_dask,
     refuses,
     stumbles,
@@ -93,6 +94,15 @@ def test_a_batch_whose_worker_died_is_tried_again(tmp_path: Path) -> None:
     tasks = batches("ab", "cd", "ef")
     assert outcome(tasks, partial(dies_once, traces=tmp_path), Cluster(retries=1)) == dict.fromkeys("abcdef", "fitted")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ab", "cd", "ef"]  # not halved
+
+
+def test_a_worker_whose_gpu_failed_is_replaced(tmp_path: Path) -> None:
+    """This process itself has nobody to start it again."""
+    lost = partial(loses_its_gpu_once, traces=tmp_path)
+    assert outcome(batches("ab", "cd"), lost, Cluster(retries=1)) == dict.fromkeys("abcd", "fitted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ab", "cd"]
+    with pytest.raises(DeviceError):
+        outcome(batches("e"), lost, Cluster(retries=1), workers=1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

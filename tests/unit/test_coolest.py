@@ -191,7 +191,22 @@ def test_a_zip_has_every_lens(tmp_path: Path) -> None:
     assert artefact.read_record(tmp_path / "unpacked")["facts"] == {"lenses": 2}
     assert export(Results(tmp_path), tmp_path / "one", ["b"]) == 1
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"b", "provenance.json"}
-    assert export(Results(tmp_path), tmp_path / "one", ["a"]) == 1, "an earlier export is replaced"
+    assert export(Results(tmp_path), tmp_path / "one", ["a", "a"]) == 1, "an earlier export is replaced"
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"a", "provenance.json"}
+
+
+def test_an_export_takes_nothing_of_the_users_away(tmp_path: Path) -> None:
+    exported(tmp_path, lenses(), Lens())
+    one = tmp_path / "one"
+    export(Results(tmp_path), one, ["a"])
+    (one / "notes").mkdir()
+    (one / "notes/mine.txt").write_text("mine")
+    for to in (one, one / "notes"):
+        with pytest.raises(InputError, match="a folder with other things in it"):
+            export(Results(tmp_path), to, ["a"])
+    with pytest.raises(InputError, match=r"mine.txt: a file; name a folder, or a file that ends in .zip"):
+        export(Results(tmp_path), one / "notes/mine.txt", ["a"])
+    assert (one / "notes/mine.txt").read_text() == "mine"
 
 
 IMAGES = ("image.fits", "noise.fits", "mask.fits", "psf.fits", "source.fits")

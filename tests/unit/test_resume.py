@@ -29,8 +29,9 @@ from lenspipe.fit.batch import Result, Task, batch_checkpoint
 from lenspipe.fit.parts import read_part, write_part
 from lenspipe.fit.refit import chosen_where, refit_lenses
 from lenspipe.fit.stage import fit_shard, plan
+from lenspipe.posteriors import writing
 from lenspipe.posteriors.reading import open_posteriors
-from lenspipe.posteriors.shards import read_manifests
+from lenspipe.posteriors.shards import damaged, read_manifests
 from lenspipe.results import Results
 from lenspipe.seeds import seed_for
 from lenspipe.tensors import write_tensors
@@ -169,6 +170,20 @@ def test_new_lenses_alone_are_fitted(order: tuple[int, ...], paths: Results, ask
     xr.testing.assert_identical(grown.sel(lens=list(NAMES)), first)
 
 
+def test_a_damaged_lens_is_not_taken_over_but_its_neighbours_are(
+    paths: Results, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "CHUNK_BYTES", 1)  # every lens by itself
+    run(config(shard_size=4), paths, (0, 1))
+    file = paths.store(0) / BUCKET / "model_map/c/0/0/0"
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1  # in the picture of one of the four lenses
+    file.write_bytes(bytes(content))
+    (broken,) = damaged(paths.store(0))
+    run(config(shard_size=2), paths, (0, 1, 2, 3))
+    assert asked == Counter(NAMES) + Counter([broken])
+
+
 def test_shards_of_another_size_take_results_over(paths: Results, asked: Counter[str]) -> None:
     """And those beyond the last are removed once nobody needs them, so that no lens is read twice."""
     first = run(config(shard_size=2), paths, (0, 1, 2, 3))
@@ -200,10 +215,10 @@ def test_batches_of_a_killed_job_are_kept(paths: Results, asked: Counter[str], m
 
 
 def test_a_part_that_was_cut_short_is_fitted_again(paths: Results, asked: Counter[str]) -> None:
-    """Also one with a flipped byte."""
+    """Also one with a flipped byte; and no other."""
     hashes = resume.lens_hashes(config(), paths, resume_catalogue(paths))
     parts = [
-        write_part(paths.parts(0), posteriors([n]).assign(hash=("lens", [hashes[n]]), draws_factor=("lens", [1])))
+        write_part(paths.parts(0), posteriors([n])[SOME].assign(hash=("lens", [hashes[n]]), draws_factor=("lens", [1])))
         for n in "abc"
     ]
     parts[0].write_bytes(parts[0].read_bytes()[:5000])
@@ -211,9 +226,12 @@ def test_a_part_that_was_cut_short_is_fitted_again(paths: Results, asked: Counte
     bytes_of[len(bytes_of) // 2] ^= 1
     parts[1].write_bytes(bytes(bytes_of))
     assert [read_part(part) is None for part in parts] == [True, True, False]
-    with pytest.raises(InputError, match="is damaged"):
-        resume.opened(parts[0], "", [])
-    assert not parts[0].exists()
+    for part in parts[:2]:
+        with pytest.raises(InputError, match="is damaged"):
+            resume.opened(part, "", [])
+        assert not part.exists()
+    run(config(), paths, (0, 1))
+    assert asked == Counter(NAMES) - Counter("c")
 
 
 def test_a_part_that_the_file_system_does_not_give_stays(paths: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +257,9 @@ def test_a_part_with_a_flipped_bit_is_fitted_again(paths: Results, asked: Counte
         part = write_part(paths.parts(0), whole)
     with zipfile.ZipFile(part) as file:
         at = file.getinfo("latent.npy").header_offset + 200
-    damaged = bytearray(part.read_bytes())
-    damaged[at] ^= 1
-    part.write_bytes(bytes(damaged))
+    flipped = bytearray(part.read_bytes())
+    flipped[at] ^= 1
+    part.write_bytes(bytes(flipped))
     assert read_part(part, ["name", "hash"]) is not None
     with pytest.raises(InputError, match="run the stage fit again"):
         run(config(), paths, (0, 1))
@@ -257,9 +275,9 @@ def test_a_part_whose_index_is_damaged_is_fitted_again(paths: Results, asked: Co
     hashes = resume.lens_hashes(config(), paths, resume_catalogue(paths))
     whole = posteriors(["a"])[SOME].assign(hash=("lens", [hashes["a"]]), draws_factor=("lens", [1]))
     part = write_part(paths.parts(0), whole)
-    damaged = bytearray(part.read_bytes())
-    damaged[damaged.index(b"PK\x01\x02") + 6] |= 0x80  # the version that is needed to read the first entry
-    part.write_bytes(bytes(damaged))
+    flipped = bytearray(part.read_bytes())
+    flipped[flipped.index(b"PK\x01\x02") + 6] |= 0x80  # the version that is needed to read the first entry
+    part.write_bytes(bytes(flipped))
     with pytest.raises(NotImplementedError), zipfile.ZipFile(part) as file:
         file.read(file.namelist()[0])
     assert read_part(part) is None

@@ -230,6 +230,16 @@ def test_a_changed_lens_file_reruns_the_catalogue(
     assert jobs(snakemake(run, *until, config=config).stdout) == Counter(catalogue=1)
 
 
+def test_a_changed_image_is_fitted_also_where_the_catalogue_was_made_by_hand(tiny_run: Path, tmp_path: Path) -> None:
+    """Its record is the same then, and Snakemake goes by the contents of small files."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "results/mocks/mock-0000-high/image.fits"
+    fits.writeto(path, 2 * fits.getdata(path), overwrite=True)
+    command = [sys.executable, "-m", "lenspipe", "catalogue", "--config", TINY, "--results", run / "results"]
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    assert set(jobs(snakemake(run, "--dry-run").stdout)) == {"fit", "summary", "report", "all"}
+
+
 def test_a_refit_makes_a_new_summary(tiny_run: Path, tmp_path: Path) -> None:
     """The command tells what it does, and the next run sees that there is a new result."""
     run = shutil.copytree(tiny_run, tmp_path / "run")

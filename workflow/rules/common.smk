@@ -105,6 +105,11 @@ def catalogue_inputs():
 
     Not the images that a table names: they may be hundreds of thousands. Those of few lenses are in `files_of_tables`.
     """
-    mocks = ["results/mocks/lenses.csv"] if settings.has_mocks else []
+    # the one may be the same where images are others, and Snakemake goes by the contents of small files
+    mocks = (
+        ["results/mocks/lenses.csv", "results/mocks/provenance.json"]
+        if settings.has_mocks
+        else []
+    )
     images = [path for lens in settings.catalogue.lenses for path in lens.files]
     return mocks + present([*settings.catalogue.tables, *images])

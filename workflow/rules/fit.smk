@@ -1,13 +1,15 @@
 """MAP and posterior of every lens of one shard of the catalogue.
 
 The store `shard-0000.zarr` beside the manifest is no output that Snakemake knows, which would remove it before a rerun: what
-is in it and still stands is kept.
+is in it and still stands is kept. `lenses.csv` has the hash of every lens: `zarr.json` may be the same where an image has
+changed, and Snakemake goes by the contents of small files.
 """
 
 
 rule fit:
     input:
         "results/catalogue/catalogue.zarr/zarr.json",
+        "results/catalogue/lenses.csv",
         "results/source/source_prior.safetensors",
         table_inputs(),
     output:
