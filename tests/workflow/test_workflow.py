@@ -240,6 +240,16 @@ def test_a_changed_image_is_fitted_also_where_the_catalogue_was_made_by_hand(tin
     assert set(jobs(snakemake(run, "--dry-run").stdout)) == {"fit", "summary", "report", "all"}
 
 
+def test_a_report_without_the_catalogue_says_so(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.rmtree(run / "results/catalogue/catalogue.zarr")
+    command = [sys.executable, "-m", "lenspipe", "report", "--config", TINY, "--results", run / "results"]
+    done = subprocess.run(command, env=environment(), check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"catalogue\.zarr:\s+mock-0000-low\s+is\s+not\s+in\s+it", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
 def test_a_refit_makes_a_new_summary(tiny_run: Path, tmp_path: Path) -> None:
     """The command tells what it does, and the next run sees that there is a new result."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
