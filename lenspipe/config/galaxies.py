@@ -34,10 +34,9 @@ class Survey(Section):
 SplitName = Literal["random", "train", "validation", "test"]
 
 
-class SurveyInput(Section):
-    """Take the galaxies of the embedded synthetic survey."""
+class _Input(Section):
+    """Where galaxies come from."""
 
-    layout: Literal["survey"] = "survey"
     split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
 
     @property
@@ -51,10 +50,16 @@ class SurveyInput(Section):
         return ()
 
 
+class SurveyInput(_Input):
+    """Take the galaxies of the embedded synthetic survey."""
+
+    layout: Literal["survey"] = "survey"
+
+
 TABLES = {"none": (), "bad_stamp": ("selection",), "bad_fits": ("fits",), "marginal": ("fits", "selection")}
 
 
-class RealGalaxyCatalogInput(Section):
+class RealGalaxyCatalogInput(_Input):
     """A galaxy catalogue in the GalSim / GREAT3 RealGalaxyCatalog layout (COSMOS 23.5, 25.2, AEGIS ...)."""
 
     layout: Literal["real_galaxy_catalog"]
@@ -65,7 +70,6 @@ class RealGalaxyCatalogInput(Section):
         "none", description="GalSim's exclusion level, before the other cuts (which remove every failed Sersic fit)"
     )
     sample: Literal["23.5", "25.2"] = Field("23.5", description="COSMOS sample whose limits bad_stamp and marginal use")
-    split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -85,7 +89,7 @@ class RealGalaxyCatalogInput(Section):
         return str(path.with_name(f"{path.stem}_{kind}.fits"))
 
 
-class StampArchiveInput(Section):
+class StampArchiveInput(_Input):
     """An npz archive of galaxy stamps, [galaxy, y, x], each centred on its galaxy and zero outside it."""
 
     layout: Literal["stamp_archive"]
@@ -96,17 +100,11 @@ class StampArchiveInput(Section):
         0.0, description="pixel noise [image units]; 0: not known, and the signal-to-noise cut does not apply"
     )
     exclude: tuple[int, ...] = Field((), description="rows left out by hand (duplicates, artefacts)")
-    split: SplitName = Field("random", description="put all galaxies on one side, or split them at random")
 
     @property
     def files(self) -> tuple[str, ...]:
         """Files from outside that must be there."""
         return (self.archive,)
-
-    @property
-    def read_where_there(self) -> tuple[str, ...]:
-        """Others, which are read where they are there."""
-        return ()
 
 
 GalaxyInput = Annotated[
