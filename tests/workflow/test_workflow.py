@@ -270,6 +270,7 @@ def test_a_further_deflector_goes_through_the_run(tiny_run: Path, tmp_path: Path
     run = shutil.copytree(tiny_run, tmp_path / "run")
     config = yaml.safe_load(TINY.read_text())
     config["lens"] = {"components": {"far": "sis"}}
+    config["mocks"]["systems"] = 1
     place = {"far_center_x": 1.2, "far_center_y": "Normal(0.8, 0.05)"}
     config["priors"] = {"components": {"far_theta_E": "Uniform(0.05, 0.15)", **place}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
