@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -56,7 +56,13 @@ class SurveyInput(_Input):
     layout: Literal["survey"] = "survey"
 
 
+# tables that GalSim's exclusion levels need
 TABLES = {"none": (), "bad_stamp": ("selection",), "bad_fits": ("fits",), "marginal": ("fits", "selection")}
+
+
+def table_beside(catalogue: Path, kind: str) -> Path:
+    """The table of a kind, `fits` or `selection`, that lies beside a catalogue."""
+    return catalogue.with_name(f"{catalogue.stem}_{kind}.fits")
 
 
 class RealGalaxyCatalogInput(_Input):
@@ -85,8 +91,7 @@ class RealGalaxyCatalogInput(_Input):
         return () if self.fits or "fits" in TABLES[self.exclusion] else (self._beside("fits"),)
 
     def _beside(self, kind: str) -> str:
-        path = PurePath(self.catalogue)
-        return str(path.with_name(f"{path.stem}_{kind}.fits"))
+        return str(table_beside(Path(self.catalogue), kind))
 
 
 class StampArchiveInput(_Input):

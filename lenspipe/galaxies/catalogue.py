@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lenspipe.config.galaxies import table_beside
 from lenspipe.errors import InputError
 from lenspipe.galaxies.fits_files import Table, opened, read_pixels, read_table, require, require_width
 
@@ -161,7 +162,7 @@ def _psf(catalogue: Path, table: Table, number: int) -> PsfImage | None:
 
 def _sersic_fits(catalogue: Path, given: Path | None) -> dict[int, SersicFit] | None:
     """Sersic fits by IDENT; None where no table is given and the one beside the catalogue has none."""
-    path = given or catalogue.with_name(f"{catalogue.stem}_fits.fits")
+    path = given or table_beside(catalogue, "fits")
     if given is None and not path.is_file():
         return None
     table = read_table(path)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lenspipe.config.galaxies import TABLES, table_beside
 from lenspipe.errors import InputError
 from lenspipe.galaxies.fits_files import Table, read_table, require, require_width
 
@@ -43,13 +44,13 @@ def excluded_rows(catalogue: Path, level: Level, sample: Sample, fits: Path | No
     table = read_table(catalogue)
     require(table, ("IDENT",), catalogue)
     kept = np.ones(len(table["IDENT"]), dtype=bool)
-    if level in ("bad_stamp", "marginal"):
+    if "selection" in TABLES[level]:
         require(table, ("stamp_flux",), catalogue)
         chosen, present = _joined(table, catalogue, selection, "selection", SELECTION, level)
         kept &= present & _good_stamp(chosen, *LIMITS[sample]) & (table["stamp_flux"] > 0)
         if level == "marginal":
             kept &= np.abs(chosen["dmag"]) < 0.8
-    if level in ("bad_fits", "marginal"):
+    if "fits" in TABLES[level]:
         columns = ("fit_status", "sersicfit", "hlr") if level == "marginal" else ("fit_status",)
         fitted, present = _joined(table, catalogue, fits, "fits", columns, level)
         sersic, bulge = (((status > 0) & (status < 5)) for status in fitted["fit_status"][:, [4, 0]].T)
@@ -70,7 +71,7 @@ def _joined(
     table: Table, catalogue: Path, given: Path | None, kind: str, columns: tuple[str, ...], level: str
 ) -> tuple[Table, Rows]:
     """Columns of a table in the order of the catalogue's rows, by IDENT, and which of these have a row there."""
-    path = given or catalogue.with_name(f"{catalogue.stem}_{kind}.fits")
+    path = given or table_beside(catalogue, kind)
     if not path.is_file():
         raise InputError(
             f"{path}: no such table; exclusion level {level} of {catalogue} needs it: give its path as `{kind}`, "

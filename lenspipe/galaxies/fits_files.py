@@ -47,13 +47,12 @@ def read_pixels(hdus: fits.HDUList, column: str, number: int, path: Path, origin
     A copy, so that the file's memory map can be let go. Raises InputError where the HDU is not there, holds no image or
     is cut short.
     """
-    try:
-        hdu = hdus[number if number >= 0 else len(hdus)]
-    except IndexError:
+    if not 0 <= number < len(hdus):
         raise InputError(
             f"{path}: {origin} has {column} {number}, but the file has {len(hdus)} HDUs (0 to {len(hdus) - 1}); "
             "the file is cut short or belongs to another catalogue"
-        ) from None
+        )
+    hdu = hdus[number]
     _check_complete(hdus, number, path)
     image = hdu.data
     if image is None or not isinstance(hdu, fits.ImageHDU | fits.PrimaryHDU) or image.ndim != 2:
